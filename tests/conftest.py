@@ -1,0 +1,9 @@
+"""Settings that must be in place before anything imports torch, numpy or matplotlib; child processes inherit them."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads than cores make the small models several times slower
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
