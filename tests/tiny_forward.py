@@ -1,0 +1,41 @@
+"""One forward of the tiny model on a fixed image, with words and a box as prompts."""
+
+import torch
+from sam3.model.data_misc import FindStage
+
+from sam3_lora.base.checkpoint import TINY
+
+
+def forward(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the raw outputs of the model in its own mode, without gradients."""
+    with torch.no_grad():
+        return forward_with_gradients(model)
+
+
+def forward_with_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the raw outputs of the model in its own mode, attached to its parameters."""
+    size = (1, 3, TINY.resolution, TINY.resolution)
+    image = torch.rand(size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    backbone_out = model.backbone.forward_image(image)
+    backbone_out.update(model.backbone.forward_text(["a red circle"], device="cpu"))
+    prompt = model._get_dummy_prompt()
+    prompt.append_boxes(torch.tensor([[[0.4, 0.5, 0.3, 0.2]]]), torch.ones(1, 1, dtype=torch.bool))
+    out = model.forward_grounding(
+        backbone_out=backbone_out,
+        find_input=_one_image_one_prompt(),
+        geometric_prompt=prompt,
+        find_target=None,
+    )
+    return {name: out[name] for name in ("pred_logits", "pred_boxes", "pred_masks", "semantic_seg")}
+
+
+def _one_image_one_prompt() -> FindStage:
+    return FindStage(
+        img_ids=torch.tensor([0]),
+        text_ids=torch.tensor([0]),
+        input_boxes=None,
+        input_boxes_mask=None,
+        input_boxes_label=None,
+        input_points=None,
+        input_points_mask=None,
+    )
