@@ -1,0 +1,89 @@
+"""The parser that all verbs share, and the types of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, NoReturn
+
+from sam3_lora.errors import did_you_mean
+
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their full names only, and suggests the close match for an unknown one."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._known_options: list[str] = []
+        options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options}
+        super().__init__(*args, **options)
+        self.set_defaults(parser=self)
+
+    def add_argument(self, *args: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*args, **options)
+        self._known_options += action.option_strings
+        return action
+
+    def refuse(self, word: str) -> NoReturn:
+        """Exit with the usage and an error about a word that no argument takes."""
+        if not word.startswith("-"):
+            self.error(f"unexpected argument {word!r}")
+        option = word.partition("=")[0]
+        self.error(f"unknown option {option!r}{did_you_mean(option, self._known_options)}")
+
+
+def count(text: str) -> int:
+    """Return a whole number of 1 or more."""
+    return _whole(text, least=1)
+
+
+def seed(text: str) -> int:
+    """Return a whole number of 0 or more."""
+    return _whole(text, least=0)
+
+
+def rate(text: str) -> float:
+    """Return a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, such as 1e-4, got {text!r}")
+    return value
+
+
+def preset(text: str) -> str:
+    """Return the name of a preset that exists."""
+    from sam3_lora.presets import PRESETS
+
+    if text not in PRESETS:
+        close = did_you_mean(text, PRESETS)
+        raise argparse.ArgumentTypeError(
+            f"unknown preset {text!r}{close or '; known are ' + ', '.join(PRESETS)}"
+        )
+    return text
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Return key and value of ``key=value``. The value is JSON, or ``True``, ``False``, ``None``, else text."""
+    key, equals, value = text.partition("=")
+    if not key.strip() or not equals:
+        raise argparse.ArgumentTypeError(f"needs key=value, such as r=16, got {text!r}")
+    if value in _PYTHON_WORDS:
+        return key.strip(), _PYTHON_WORDS[value]
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"needs a whole number of {least} or more, got {text!r}")
+    return value

@@ -1,0 +1,92 @@
+"""Progress of a training run on standard error: a bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sam3_lora.training.progress import Progress
+
+Show = Callable[["Progress"], None]
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SHOWN_METRICS = ("bbox_AP50", "segm_AP50")
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[Show]:
+    """Yield a function that shows one state of a run."""
+    if sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield _Lines().show
+
+
+def describe(progress: Progress) -> str:
+    """Return where a run stands, in one line without the time."""
+    parts = [f"epoch {progress.epoch}/{progress.epochs}", f"step {progress.step}/{progress.steps}"]
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4g}")
+    for name in _SHOWN_METRICS:
+        if name in progress.metrics:
+            parts.append(f"{name.replace('_', ' ')} {progress.metrics[name]:.3f}")
+    return "  ".join(parts)
+
+
+def fraction_done(progress: Progress) -> float:
+    """Return the share of all training steps that are done, 0 to 1."""
+    return ((progress.epoch - 1) * progress.steps + progress.step) / (progress.epochs * progress.steps)
+
+
+@contextmanager
+def _bar() -> Iterator[Show]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left", style="dim"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Bar(*columns, console=Console(stderr=True), expand=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda progress: bar.update(
+            task, description=describe(progress), completed=fraction_done(progress), total=1.0
+        )
+
+
+class _Lines:
+    """Prints a line for every validation, and otherwise one each ten seconds."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._last_time = float("-inf")
+        self._last_metrics: Mapping[str, float] = {}
+
+    def show(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now
+        if progress.metrics == self._last_metrics and now - self._last_time < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_time, self._last_metrics = now, progress.metrics
+        done = fraction_done(progress)
+        left = (now - self._start) / done * (1 - done)
+        print(f"{describe(progress)}  {left / 60:.0f} min left", file=sys.stderr, flush=True)

@@ -1,0 +1,215 @@
+"""COCO data as the official loader reads it: a folder of images beside its ``_annotations.coco.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, cast
+
+from sam3_lora.errors import DataError, did_you_mean
+
+ANNOTATION_FILE = "_annotations.coco.json"
+
+#: Pixels that a box may leave the image by. Exports round, and the loader clips what is over.
+BOX_SLACK = 2.0
+
+
+class CocoImage(TypedDict):
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class RunLengths(TypedDict):
+    """A mask as run lengths, column by column; ``size`` is height and width."""
+
+    size: list[int]
+    counts: str | list[int]
+
+
+class CocoAnnotation(TypedDict):
+    """One object. The box is xywh in pixels; the segmentation is polygons ``[x1, y1, x2, y2, ...]`` or run lengths."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    segmentation: list[list[float]] | RunLengths
+    area: float
+    iscrowd: int
+
+
+class CocoCategory(TypedDict):
+    id: int
+    name: str
+
+
+class CocoDocument(TypedDict):
+    images: list[CocoImage]
+    annotations: list[CocoAnnotation]
+    categories: list[CocoCategory]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One folder of a dataset, such as ``train``, as it was read; :func:`~sam3_lora.data.check.check_dataset` judges it."""
+
+    folder: Path
+    annotation_file: Path
+    images: Sequence[CocoImage]
+    annotations: Sequence[CocoAnnotation]
+    categories: Sequence[CocoCategory]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The category names by ascending id: what the official loader asks every image for, in its order."""
+        return tuple(category["name"] for category in sorted(self.categories, key=lambda c: c["id"]))
+
+    @property
+    def objects_per_prompt(self) -> dict[str, int]:
+        """How many objects each prompt has; crowd regions are not counted, as the trainer drops them."""
+        names = {category["id"]: category["name"] for category in self.categories}
+        counts = dict.fromkeys(self.prompts, 0)
+        for annotation in self.annotations:
+            if not annotation["iscrowd"]:
+                counts[names[annotation["category_id"]]] += 1
+        return counts
+
+
+def read_split(folder: Path) -> Split:
+    """Return the split that lies in a folder.
+
+    Raises:
+        DataError: If the folder or its annotation file is missing or cannot be used.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder" if folder.exists() else f"no folder {folder}")
+    path = folder / ANNOTATION_FILE
+    if not path.is_file():
+        raise DataError(f"no {ANNOTATION_FILE!r} in {folder}{_other_json_files(folder)}")
+    document = read_coco(path)
+    return Split(folder, path, document["images"], document["annotations"], document["categories"])
+
+
+def read_coco(path: Path) -> CocoDocument:
+    """Return the document in a COCO file. Only its outline is sure: three lists of objects, whatever these hold.
+
+    Raises:
+        DataError: If the file cannot be read, is not whole, or is not a COCO document.
+    """
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {_json_problem(error)}") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, thousands of open brackets
+        raise DataError(f"{path} is not usable JSON: {error}") from error
+    if problem := _outline_problem(document):
+        raise DataError(f"{path} is not a COCO document: {problem}")
+    return cast(CocoDocument, document)
+
+
+def box_problem(box_xywh: object, size_hw: tuple[int, int]) -> str:
+    """Return what is wrong with a COCO box in an image of this size, or ``""``."""
+    if not isinstance(box_xywh, list) or len(box_xywh) != 4 or not all(map(_is_number, box_xywh)):
+        return "is not four numbers [x, y, width, height]"
+    if not _is_finite(box_xywh):
+        return "has a NaN or infinite number"
+    x, y, box_width, box_height = box_xywh
+    if box_width <= 0 or box_height <= 0:
+        return f"has width {box_width:g} and height {box_height:g}"
+    height, width = size_hw
+    if min(x, y) < -BOX_SLACK or x + box_width > width + BOX_SLACK or y + box_height > height + BOX_SLACK:
+        return f"leaves the image, which is {width} x {height}"
+    return ""
+
+
+def segmentation_problem(segmentation: object, size_hw: tuple[int, int]) -> str:
+    """Return what is wrong with polygons or run lengths for an image of this size, or ``""``."""
+    if isinstance(segmentation, dict):
+        return _run_lengths_problem(segmentation, size_hw)
+    if not isinstance(segmentation, list):
+        return f"is {segmentation!r}, neither polygons nor run lengths"
+    if not segmentation:
+        return "is empty"
+    return next(filter(None, map(_polygon_problem, segmentation)), "")
+
+
+def _polygon_problem(polygon: object) -> str:
+    if not isinstance(polygon, list):
+        return "is not a list of polygons, each a list [x1, y1, x2, y2, ...]"
+    if not all(map(_is_number, polygon)):
+        return "has a polygon with something else than numbers"
+    if len(polygon) < 6:  # pycocotools takes a list of four for a box
+        return f"has a polygon of {len(polygon)} numbers; three points need 6"
+    if len(polygon) % 2:
+        return f"has a polygon of {len(polygon)} numbers, which is odd"
+    return "" if _is_finite(polygon) else "has a NaN or infinite number"
+
+
+def _run_lengths_problem(run_lengths: Mapping[str, object], size_hw: tuple[int, int]) -> str:
+    size, counts = run_lengths.get("size"), run_lengths.get("counts")
+    if size != list(size_hw):
+        return f"has run lengths of size {size!r}; the image needs {list(size_hw)} (height, width)"
+    if isinstance(counts, list):
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        return (
+            ""
+            if whole and sum(counts) == math.prod(size_hw)
+            else "has run lengths that do not fill the image"
+        )
+    return "" if isinstance(counts, str) and counts else f"has run lengths with counts {counts!r}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(numbers: Sequence[float]) -> bool:
+    try:
+        return all(map(math.isfinite, numbers))
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _other_json_files(folder: Path) -> str:
+    found = sorted(file.name for file in folder.glob("*.json"))
+    if len(found) == 1:
+        return f"; did you mean {found[0]!r}? Then rename it"
+    return did_you_mean(ANNOTATION_FILE, found)
+
+
+def _json_problem(error: json.JSONDecodeError) -> str:
+    if error.doc.startswith("\ufeff"):
+        return "it begins with a byte order mark, which the official loader refuses; save it without"
+    # An open string is reported where it begins, so that place says nothing about the end of the file.
+    unterminated = error.msg.startswith("Unterminated string")
+    cut_off = unterminated or error.pos >= len(error.doc.rstrip()) - len("fals")
+    return f"{error}" + ("; the file ends too early, like a copy that was cut off" if cut_off else "")
+
+
+def _outline_problem(document: object) -> str:
+    if not isinstance(document, dict):
+        return f"it holds a {type(document).__name__}, not an object with 'images', 'annotations' and 'categories'"
+    missing = [key for key in ("images", "annotations", "categories") if key not in document]
+    if missing:
+        return f"it has no {' and no '.join(map(repr, missing))}, only {list(document)[:8]}"
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(document[key], list):
+            return f"{key!r} is a {type(document[key]).__name__}, not a list"
+        odd = next((i for i, entry in enumerate(document[key]) if not isinstance(entry, dict)), None)
+        if odd is not None:
+            return f"{key}[{odd}] is {str(document[key][odd])[:40]!r}, not an object"
+    return ""

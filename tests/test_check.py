@@ -1,0 +1,273 @@
+"""The check of a dataset: every mistake is found, named with its place, and answered with what to do."""
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sam3_lora.data.check import check_dataset
+from sam3_lora.data.coco import ANNOTATION_FILE
+from sam3_lora.data.shapes import Concept, write_coco
+from sam3_lora.errors import DataError
+
+CONCEPTS = [Concept("red", "circle"), Concept("blue", "star")]
+
+
+@dataclass
+class Dataset:
+    """A good dataset of three training images, to be broken."""
+
+    folder: Path
+
+    def file(self, split: str = "train") -> Path:
+        return self.folder / split / ANNOTATION_FILE
+
+    def edit(self, change: Callable[[dict], object], split: str = "train") -> None:
+        document = json.loads(self.file(split).read_text())
+        change(document)
+        self.file(split).write_text(json.dumps(document))
+
+    def report(self) -> str:
+        with pytest.raises(DataError) as caught:
+            check_dataset(self.folder)
+        return str(caught.value)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = tmp_path / "shapes"
+    write_coco(folder / "train", CONCEPTS, 3, seed=0)
+    write_coco(folder / "valid", CONCEPTS, 2, seed=1)
+    return Dataset(folder)
+
+
+def test_a_good_dataset_is_summed_up(dataset):
+    summary = check_dataset(dataset.folder)
+    train = json.loads(dataset.file().read_text())
+    assert list(summary.splits) == ["train", "valid"]
+    assert summary.splits["train"].images == 3
+    assert summary.splits["train"].objects == len(train["annotations"])
+    assert summary.splits["train"].prompts == ("red circle", "blue star")
+
+
+def test_the_check_changes_nothing(dataset):
+    before = {path: path.stat().st_mtime_ns for path in dataset.folder.rglob("*")}
+    check_dataset(dataset.folder)
+    assert before == {path: path.stat().st_mtime_ns for path in dataset.folder.rglob("*")}
+
+
+def test_crowd_regions_are_fine(dataset):
+    dataset.edit(lambda d: d["annotations"][0].update(iscrowd=1))
+    check_dataset(dataset.folder)
+
+
+def test_polygons_are_fine(dataset):
+    dataset.edit(lambda d: [a.update(segmentation=[[1, 1, 30, 1, 30.5, 30]]) for a in d["annotations"]])
+    check_dataset(dataset.folder)
+
+
+def test_area_is_only_needed_where_the_evaluation_reads_it(dataset):
+    dataset.edit(lambda d: [a.pop("area") for a in d["annotations"]])
+    check_dataset(dataset.folder)
+    dataset.edit(lambda d: [a.pop("area") for a in d["annotations"]], split="valid")
+    assert "annotation without 'area'" in dataset.report()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        pytest.param(
+            "nowhere", "nowhere does not exist; a dataset is a folder with train/ and valid/", id="missing"
+        ),
+        pytest.param(
+            f"shapes/train/{ANNOTATION_FILE}", f"{ANNOTATION_FILE} is a file; a dataset is", id="a file"
+        ),
+        pytest.param("shapes/train", "train is a single split; give the folder above it", id="a split"),
+    ],
+)
+def test_a_folder_that_is_no_dataset(given, problem, dataset, tmp_path):
+    with pytest.raises(DataError) as caught:
+        check_dataset(tmp_path / given)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "Valid"])
+def test_a_split_of_another_name_is_recognised(name, dataset):
+    (dataset.folder / "valid").rename(dataset.folder / name)
+    assert f"did you mean {name!r}? Then rename it" in dataset.report()
+
+
+def test_a_renamed_annotation_file_is_recognised(dataset):
+    dataset.file("valid").rename(dataset.folder / "valid/annotations.json")
+    assert (
+        f"no {ANNOTATION_FILE!r} in {dataset.folder / 'valid'}; did you mean 'annotations.json'?"
+        in dataset.report()
+    )
+
+
+def test_half_a_json_file(dataset):
+    text = dataset.file().read_text()
+    dataset.file().write_text(text[: len(text) // 2])
+    report = dataset.report()
+    assert f"unusable annotation file: {dataset.file()} is not valid JSON" in report
+    assert "the file ends too early" in report
+
+
+def first(key: str, **values: object) -> Callable[[dict], object]:
+    """Change the first entry of a list of the document."""
+    return lambda document: document[key][0].update(values)
+
+
+def without(key: str, field: str) -> Callable[[dict], object]:
+    return lambda document: document[key][0].pop(field)
+
+
+def repeated(key: str, **values: object) -> Callable[[dict], object]:
+    """Add a copy of the first entry of a list of the document."""
+    return lambda document: document[key].append({**copy.deepcopy(document[key][0]), **values})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        pytest.param(lambda d: d.pop("categories"), "is not a COCO document: it has no 'categories'", id="no categories key"),
+        pytest.param(lambda d: d.update(images=[], annotations=[]), "split without images", id="no images"),
+        pytest.param(lambda d: d.update(annotations=[]), "split without annotations", id="no annotations"),
+        pytest.param(lambda d: d.update(categories=[]), "split without categories", id="no categories"),
+        pytest.param(repeated("images"), "id used twice: {file}: image 1\n", id="image id twice"),
+        pytest.param(repeated("annotations"), "id used twice: {file}: annotation 1\n", id="annotation id twice"),
+        pytest.param(repeated("categories", name="x"), "id used twice: {file}: category 1\n", id="category id twice"),
+        pytest.param(without("annotations", "id"), "annotation at position 0 has id None", id="no annotation id"),
+        pytest.param(first("images", id="a"), "image at position 0 has id 'a'", id="image id is text"),
+        pytest.param(first("images", id=[1]), "image at position 0 has id [1]", id="image id is a list"),
+        pytest.param(first("annotations", image_id=99), "annotation 1 has image_id 99", id="unknown image"),
+        pytest.param(first("annotations", image_id="1"), "annotation 1 has image_id '1'", id="image id as text"),
+        pytest.param(first("annotations", category_id=0), "annotation 1 of 'image00001.png' has category_id 0", id="unknown category"),
+        pytest.param(first("categories", name=" "), "category 1 has the name ' '", id="blank name"),
+        pytest.param(without("categories", "name"), "category 1 has the name None", id="no name"),
+        pytest.param(first("categories", name="Blue  Star"), "categories 1 and 2 are both 'blue star'", id="same prompt"),
+        pytest.param(without("annotations", "iscrowd"), "annotation without 'iscrowd': {file}: annotation 1", id="no iscrowd"),
+        pytest.param(first("annotations", iscrowd="no"), "has 'no', which is neither 0 nor 1", id="odd iscrowd"),
+        pytest.param(without("annotations", "bbox"), "annotation without 'bbox': {file}: annotation 1", id="no bbox"),
+        pytest.param(without("annotations", "segmentation"), "annotation without 'segmentation': {file}", id="no segmentation"),
+        pytest.param(first("annotations", segmentation=None), "annotation without 'segmentation'", id="null segmentation"),
+        pytest.param(first("annotations", segmentation=[]), "segmentation is empty", id="empty segmentation"),
+        pytest.param(first("annotations", segmentation=[[1, 2, 3, 4]]), "segmentation has a polygon of 4 numbers", id="two points"),
+        pytest.param(first("annotations", bbox=[1, 2, 0, 5]), "bbox [1, 2, 0, 5] has width 0 and height 5", id="flat box"),
+        pytest.param(first("annotations", bbox=[90, 9, 99, 99]), "leaves the image, which is 112 x 112", id="box outside"),
+        pytest.param(first("annotations", bbox=[1, 2, float("nan"), 5]), "has a NaN or infinite number", id="NaN box"),
+        pytest.param(without("images", "file_name"), "image without 'file_name': {file}: image 1", id="no file name"),
+        pytest.param(without("images", "width"), "image without 'width' and 'height'", id="no width"),
+        pytest.param(first("images", height=0), "image without 'width' and 'height'", id="height 0"),
+        pytest.param(first("images", file_name="b.png"), "missing image file: {folder}/b.png (image 1 of", id="missing image"),
+        pytest.param(first("images", file_name="train/image00001.png"), "there is 'image00001.png'", id="folder in the name"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_annotations_is_named(change, problem, dataset):
+    dataset.edit(change)
+    assert problem.format(file=dataset.file(), folder=dataset.folder / "train") in dataset.report()
+
+
+def test_a_size_that_the_file_does_not_have(dataset):
+    dataset.edit(first("images", width=200, height=100, file_name="photo.png"))
+    Image.new("RGB", (100, 200)).save(dataset.folder / "train/photo.png")
+    assert (
+        f"image 1 is 200 x 100, its file {dataset.folder / 'train/photo.png'} is 100 x 200"
+        in dataset.report()
+    )
+
+
+NOISE = Image.frombytes("RGB", (112, 112), random.Random(0).randbytes(112 * 112 * 3))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_a_whole_image_passes_and_half_of_it_does_not(suffix, dataset):
+    photo = dataset.folder / f"train/photo{suffix}"
+    NOISE.save(photo)
+    dataset.edit(first("images", file_name=photo.name))
+    check_dataset(dataset.folder)
+    photo.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    assert f"unreadable image file: {photo} is damaged: " in dataset.report()
+
+
+@pytest.mark.parametrize(
+    ("contents", "problem"),
+    [
+        pytest.param(b"", "is empty", id="no bytes"),
+        pytest.param(
+            b"version https://git-lfs.github.com/spec/v1\n", "is not an image", id="Git LFS pointer"
+        ),
+    ],
+)
+def test_a_file_that_is_no_image(contents, problem, dataset):
+    photo = dataset.folder / "train/image00001.png"
+    photo.write_bytes(contents)
+    assert f"unreadable image file: {photo} {problem}" in dataset.report()
+
+
+def test_bytes_after_the_end_of_a_photo_are_fine(dataset):
+    photo = dataset.folder / "train/photo.jpg"
+    NOISE.save(photo)
+    photo.write_bytes(photo.read_bytes() + bytes(10_000))
+    dataset.edit(first("images", file_name=photo.name))
+    check_dataset(dataset.folder)
+
+
+def test_a_single_problem_is_a_short_message(dataset):
+    (dataset.folder / "train/image00002.png").unlink()
+    assert dataset.report() == (
+        f"{dataset.folder} cannot be used: missing image file: {dataset.folder}/train/image00002.png "
+        f"(image 2 of {dataset.file()})\n"
+        "  -> copy it there, or delete the image and its annotations from the file"
+    )
+
+
+def test_many_problems_come_in_one_report_grouped_and_counted(dataset):
+    dataset.edit(lambda d: [(a.pop("iscrowd"), a.update(image_id=1)) for a in d["annotations"]])
+    dataset.edit(
+        lambda d: d["annotations"].extend([{**d["annotations"][0], "id": n} for n in range(100, 140)])
+    )
+    dataset.edit(first("annotations", bbox=[5, 5, 0, 9]))
+    (dataset.folder / "valid/image00001.png").unlink()
+    count = len(json.loads(dataset.file().read_text())["annotations"])
+    assert (
+        dataset.report()
+        == f"""\
+{dataset.folder} cannot be used: {count + 2} problems
+  annotation without 'iscrowd' ({count})
+    {dataset.file()}: annotation 1 of 'image00001.png'
+    {dataset.file()}: annotation 2 of 'image00001.png'
+    {dataset.file()}: annotation 3 of 'image00001.png'
+    ... and {count - 3} more
+    -> add "iscrowd": 0 to each annotation, or 1 where a mask covers a crowd; the official loader reads it always
+  bad bbox
+    {dataset.file()}: annotation 1 of 'image00001.png': bbox [5, 5, 0, 9] has width 0 and height 9
+    -> boxes are [x, y, width, height] in pixels of the image, not x2, y2 and not shares of 1
+  missing image file
+    {dataset.folder}/valid/image00001.png (image 1 of {dataset.file("valid")})
+    -> copy it there, or delete the image and its annotations from the file"""
+    )
+
+
+def test_a_broken_split_does_not_hide_the_problems_of_the_other(dataset):
+    dataset.file("valid").write_text("{")
+    dataset.edit(first("annotations", image_id=99))
+    report = dataset.report()
+    assert "unusable annotation file" in report
+    assert "annotation of an unknown image" in report
+
+
+def test_a_thousand_images_take_seconds(tmp_path):
+    write_coco(tmp_path / "train", CONCEPTS, 20, seed=0)
+    document = json.loads((tmp_path / "train" / ANNOTATION_FILE).read_text())
+    document["images"] = [{**document["images"][n % 20], "id": n} for n in range(1, 1001)]
+    (tmp_path / "train" / ANNOTATION_FILE).write_text(json.dumps(document))
+    start = time.process_time()
+    check_dataset(tmp_path, splits=["train"])
+    assert time.process_time() - start < 3

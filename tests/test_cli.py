@@ -1,0 +1,323 @@
+"""The command line: instant help, clear errors, exit codes, one JSON document, readable progress."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sam3_lora.cli import main
+from sam3_lora.cli.progress import describe, fraction_done
+from sam3_lora.errors import DataError
+from sam3_lora.presets import PRESETS
+
+VERBS = ["train", "demo", "presets"]
+TRAIN = ["train", "--data", "my data", "--output", "runs/a"]
+
+
+def in_new_process(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+HELP_THEN_MODULES = """
+import sys
+from sam3_lora.cli import main
+code = main(sys.argv[1:])
+print()
+print(code, *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=["no verb", *VERBS])
+def test_help_imports_nothing_heavy(verb):
+    output = in_new_process(HELP_THEN_MODULES, *verb, "--help")
+    code, *modules = output.splitlines()[-1].split()
+    assert code == "0"
+    assert output.startswith("usage: sam3-lora")
+    assert not {"torch", "numpy", "PIL", "rich", "peft", "sam3", "omegaconf", "yaml"} & set(modules)
+
+
+def test_help_takes_less_than_300_milliseconds():
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        in_new_process(HELP_THEN_MODULES, "train", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "sam3_lora", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("sam3-lora ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        pytest.param(["trian"], "unknown command 'trian'; did you mean 'train'?", id="verb"),
+        pytest.param(["xyz"], "unknown command 'xyz'", id="verb like no other"),
+        pytest.param([], "the following arguments are required: COMMAND", id="no verb"),
+        pytest.param(["train", "--data", "d"], "the following arguments are required: --output", id="no output"),
+        pytest.param([*TRAIN, "--preset", "balnced"], "unknown preset 'balnced'; did you mean 'balanced'?", id="preset"),
+        pytest.param([*TRAIN, "--preset", "xyz"], "unknown preset 'xyz'; known are minimal, balanced, full", id="preset like no other"),
+        pytest.param([*TRAIN, "--max-epoch", "3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option"),
+        pytest.param([*TRAIN, "--max-epoch=3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option with ="),
+        pytest.param([*TRAIN, "more"], "unexpected argument 'more'", id="stray word"),
+        pytest.param([*TRAIN, "--max-epochs", "0"], "--max-epochs: needs a whole number of 1 or more, got '0'", id="no epochs"),
+        pytest.param([*TRAIN, "--batch-size", "two"], "--batch-size: needs a whole number of 1 or more, got 'two'", id="no number"),
+        pytest.param([*TRAIN, "--seed", "-1"], "--seed: needs a whole number of 0 or more, got '-1'", id="negative seed"),
+        pytest.param([*TRAIN, "--lr", "5"], "--lr: needs a number between 0 and 1, such as 1e-4, got '5'", id="large rate"),
+        pytest.param([*TRAIN, "--lr", "nan"], "--lr: needs a number between 0 and 1, such as 1e-4, got 'nan'", id="NaN rate"),
+        pytest.param([*TRAIN, "--set", "r"], "--set: needs key=value, such as r=16, got 'r'", id="setting without value"),
+        pytest.param(["demo", "--sed", "1"], "unknown option '--sed'; did you mean '--seed'?", id="option of another verb"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_ends_with_2_and_the_close_match(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+class Launch:
+    """Stands in for the training process, and remembers what it was asked for."""
+
+    def __init__(self, progress=(), error=None):
+        self.progress, self.error = progress, error
+
+    def train(self, settings, on_progress):
+        self.settings = settings
+        for state in self.progress:
+            on_progress(state)
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(
+            output=Path("runs/my run"),
+            adapter=Path("runs/my run/adapters/best"),
+            metrics={"bbox_AP50": 0.8123, "segm_AP50": 0.7},
+            trainable_parameters=4_128_768,
+            total_parameters=840_000_000,
+        )
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    from sam3_lora.training import launch as real
+
+    def stand_in(**options):
+        fake = Launch(**options)
+        monkeypatch.setattr(real, "train", fake.train)
+        return fake
+
+    return stand_in
+
+
+def progress(epoch, step, metrics=None, loss=1.0):
+    return SimpleNamespace(epoch=epoch, epochs=2, step=step, steps=4, loss=loss, metrics=metrics or {})
+
+
+def test_train_passes_every_option_on(launch):
+    fake = launch()
+    options = (
+        "--preset full --base tiny --max-epochs 3 --batch-size 2 --lr 1e-3 --seed 7 --num-gpus 2 --overwrite"
+    )
+    settings = ["--set", "r=16", "--set", "use_dora=True", "--set", "training.scheduler=cosine"]
+    assert main([*TRAIN, *options.split(), *settings]) == 0
+    got = fake.settings
+    assert (got.data, got.output) == (Path("my data"), Path("runs/a"))
+    assert (got.preset, got.base, got.max_epochs, got.batch_size) == ("full", "tiny", 3, 2)
+    assert (got.lr, got.seed, got.num_gpus, got.overwrite) == (1e-3, 7, 2, True)
+    assert got.overrides == {"r": 16, "use_dora": True}
+    assert got.config == {"training.scheduler": "cosine"}
+
+
+def test_train_without_options_takes_the_official_base_and_the_balanced_preset(launch):
+    fake = launch()
+    assert main(TRAIN) == 0
+    got = fake.settings
+    assert (got.preset, got.base, got.seed, got.num_gpus, got.overwrite) == (
+        "balanced",
+        "facebook/sam3",
+        0,
+        1,
+        False,
+    )
+    assert (got.max_epochs, got.batch_size, got.lr) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("16", 16),
+        ("1e-4", 1e-4),
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ('["attention","mlp"]', ["attention", "mlp"]),
+        ("gaussian", "gaussian"),
+        ("a=b", "a=b"),
+        ("", ""),
+    ],
+)
+def test_set_reads_json_and_python_words_and_leaves_the_rest_as_text(text, value, launch):
+    fake = launch()
+    main([*TRAIN, "--set", f"key={text}"])
+    assert fake.settings.overrides == {"key": value}
+
+
+def test_train_ends_with_a_table_and_what_to_do_next(launch, capsys):
+    launch()
+    main([*TRAIN, "--base", "tiny"])
+    output = capsys.readouterr().out
+    assert "bbox AP50" in output
+    assert "0.812" in output
+    assert "Trained  4,128,768 of 840,000,000 parameters (0.49%)" in output
+    assert "Curves   tensorboard --logdir 'runs/my run/tensorboard'" in output
+    assert "sam3_lora.load_adapter(sam3_lora.load_base('tiny'), 'runs/my run/adapters/best')" in output
+
+
+def test_json_is_all_that_goes_to_standard_output(launch, capsys):
+    launch(progress=[progress(1, 1)])
+    assert main([*TRAIN, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "output": "runs/my run",
+        "adapter": "runs/my run/adapters/best",
+        "metrics": {"bbox_AP50": 0.8123, "segm_AP50": 0.7},
+        "trainable_parameters": 4_128_768,
+        "total_parameters": 840_000_000,
+    }
+    assert "epoch 1/2  step 1/4  loss 1" in captured.err
+
+
+def test_progress_outside_a_terminal_is_a_line_per_validation(launch, capsys):
+    quiet = [progress(1, step) for step in (1, 2, 3, 4)]
+    launch(progress=[*quiet, progress(1, 4, {"bbox_AP50": 0.5, "segm_AP50": 0.25}, loss=0.123456)])
+    main(TRAIN)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("epoch 1/2  step 1/4  loss 1  ")
+    assert second.startswith("epoch 1/2  step 4/4  loss 0.1235  bbox AP50 0.500  segm AP50 0.250  ")
+    assert second.endswith(" min left")
+
+
+def test_progress_without_a_loss_leaves_it_out():
+    assert describe(progress(2, 1, loss=None)) == "epoch 2/2  step 1/4"
+
+
+@pytest.mark.parametrize(("epoch", "step", "done"), [(1, 1, 0.125), (1, 4, 0.5), (2, 4, 1.0)])
+def test_progress_counts_the_steps_of_all_epochs(epoch, step, done):
+    assert fraction_done(progress(epoch, step)) == done
+
+
+def test_an_error_is_one_message_and_1(launch, capsys):
+    launch(error=DataError("my data does not exist; give another"))
+    assert main(TRAIN) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "error: my data does not exist; give another\n")
+
+
+def test_warnings_of_torch_and_sam3_are_hidden_and_others_are_not(launch, monkeypatch, recwarn):
+    fake = launch()
+
+    def train_with_warnings(settings, on_progress):
+        for module in ("sam3.model.video", "torch.jit._script", "my_plugin"):
+            warnings.warn_explicit(module, UserWarning, f"{module}.py", 1, module=module)
+        return fake.train(settings, on_progress)
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    monkeypatch.setattr("sam3_lora.training.launch.train", train_with_warnings)
+    assert main(TRAIN) == 0
+    assert [str(warning.message) for warning in recwarn] == ["my_plugin"]
+
+
+def test_an_interrupt_is_short_and_130(launch, capsys):
+    launch(error=KeyboardInterrupt())
+    assert main(TRAIN) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(launch):
+    launch(error=ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main(TRAIN)
+
+
+METRICS = {
+    "base": {"bbox_AP50": 0.02, "segm_AP50": 0.01, "bbox_AP": 0.01, "segm_AP": 0.005},
+    "adapter": {"bbox_AP50": 0.9, "segm_AP50": 0.85, "bbox_AP": 0.7, "segm_AP": 0.6},
+    "trainable_parameters": 130_000,
+    "total_parameters": 5_000_000,
+    "adapter_bytes": 543_210,
+    "cpu_seconds": 180.4,
+}
+
+
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """Stand in for the demo; it leaves some files in the output folder and returns METRICS."""
+
+    def run_demo(output, seed, on_progress):
+        (output / "adapters/best").mkdir(parents=True)
+        for name in ("metrics.json", "before_after.png", "run.yaml", ".sam3-lora-run.json"):
+            (output / name).touch()
+        on_progress(progress(1, 1))
+        return METRICS
+
+    monkeypatch.setitem(sys.modules, "sam3_lora.demo", SimpleNamespace(run_demo=run_demo))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_demo_compares_base_and_adapter_and_names_the_files_to_look_at(demo, capsys):
+    assert main(["demo"]) == 0
+    output = capsys.readouterr().out
+    assert [word for word in output.split() if word[:2] == "0."] == (
+        "0.020 0.900 0.010 0.850 0.010 0.700 0.005 0.600".split()
+    )
+    assert output.endswith(
+        "Trained   130,000 of 5,000,000 parameters (2.60%)\n"
+        "Adapter   543 kB\n"
+        "CPU time  180 s\n"
+        "Look at   runs/demo/before_after.png\n"
+        "          runs/demo/metrics.json\n"
+        "          runs/demo/adapters/best\n"
+    )
+
+
+def test_demo_json_is_the_metrics_file(demo, capsys):
+    assert main(["demo", "--output", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == METRICS
+
+
+def test_presets_are_listed_with_components_rank_and_reason(capsys):
+    assert main(["presets"]) == 0
+    output = capsys.readouterr().out
+    for name, preset in PRESETS.items():
+        assert name in output
+        assert preset.reason.split()[0] in output
+    assert "vision_encoder │ 8" in output
+
+
+def test_presets_as_json(capsys):
+    assert main(["presets", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == list(PRESETS)
+    assert listed["balanced"]["components"] == dict(PRESETS["balanced"].components)
+    assert listed["balanced"]["reason"] == PRESETS["balanced"].reason
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    code = "import sys; from sam3_lora.cli import main; sys.exit(main(['presets', '--json']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
