@@ -1,0 +1,144 @@
+"""How images and prompts reach the model in an evaluation: the official dataset, transforms and collator."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sam3_lora.base.cpu import provide_triton
+from sam3_lora.errors import DataError
+
+provide_triton()
+
+from sam3.model.sam3_image import Sam3Image  # noqa: E402
+from sam3.model.utils.misc import copy_data_to_device  # noqa: E402
+from sam3.train.data.coco_json_loaders import COCO_FROM_JSON  # noqa: E402
+from sam3.train.data.collator import collate_fn_api  # noqa: E402
+from sam3.train.data.sam3_image_dataset import (  # noqa: E402
+    Datapoint,
+    FindQueryLoaded,
+    InferenceMetadata,
+    Sam3ImageDataset,
+)
+from sam3.train.data.sam3_image_dataset import Image as DatapointImage  # noqa: E402
+from sam3.train.transforms.basic_for_api import (  # noqa: E402
+    ComposeAPI,
+    NormalizeAPI,
+    RandomResizeAPI,
+    ToTensorAPI,
+)
+
+# Asked of an image at once; the rest in further turns, so that memory does not grow with the number of categories.
+_MAX_PROMPTS = 32
+
+
+def open_split(images: Path, annotation_file: Path, resolution: int) -> Any:
+    """Return the official validation dataset of a COCO split: every category is asked of every image."""
+    loader = functools.partial(COCO_FROM_JSON, include_negatives=True, category_chunk_size=_MAX_PROMPTS)
+    with silence():
+        return Sam3ImageDataset(
+            img_folder=str(images),
+            ann_file=str(annotation_file),
+            transforms=[official_transforms(resolution)],
+            max_ann_per_img=100_000,
+            multiplier=1,
+            training=False,
+            # The model does not look at the masks; COCOeval reads them from the file.
+            load_segmentation=False,
+            coco_json_loader=loader,
+        )
+
+
+def official_transforms(resolution: int) -> Any:
+    """Return the official validation transforms: a square of ``resolution`` pixels, values -1 to 1."""
+    return ComposeAPI(
+        [
+            RandomResizeAPI(sizes=resolution, square=True, consistent_transform=False),
+            ToTensorAPI(),
+            NormalizeAPI(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]),
+        ]
+    )
+
+
+def make_datapoint(image: Image.Image, prompts: Sequence[str]) -> Any:
+    """Return an official ``Datapoint`` that asks the prompts of the image, without ground truth."""
+    size_hw = (image.height, image.width)
+    metadata = InferenceMetadata(
+        coco_image_id=-1,
+        original_image_id=-1,
+        original_category_id=-1,
+        original_size=size_hw,
+        object_id=-1,
+        frame_index=-1,
+    )
+    queries = [
+        FindQueryLoaded(
+            query_text=prompt,
+            image_id=0,
+            object_ids_output=[],
+            is_exhaustive=True,
+            is_pixel_exhaustive=True,
+            inference_metadata=metadata,
+        )
+        for prompt in prompts
+    ]
+    picture = DatapointImage(data=image.convert("RGB"), objects=[], size=size_hw)
+    return Datapoint(find_queries=queries, images=[picture])
+
+
+def forward(model: Sam3Image, datapoints: list[Any], device: str | torch.device) -> tuple[Any, Any]:
+    """Run the model on transformed datapoints and return its ``SAM3Output`` and the metadata of the prompts."""
+    batch = collate_fn_api(datapoints, dict_key="all", with_seg_masks=False)["all"]
+    batch = copy_data_to_device(batch, torch.device(device))
+    with torch.no_grad():
+        return model(batch), batch.find_metadatas
+
+
+def check_all_read(dataset: Any, seen: Mapping[int, int]) -> None:
+    """Raise if images are missing among those that ``open_split``'s dataset gave: it replaces one that it cannot read
+    by the next one, without an error.
+
+    Args:
+        dataset: From :func:`open_split`.
+        seen: How often each image id was given.
+
+    Raises:
+        DataError: Names the images that cannot be read.
+    """
+    turns = len(dataset.coco.category_chunks)
+    names = {entry["image"]["id"]: entry["image"]["file_name"] for entry in dataset.coco._raw_data}
+    unread = [names[image_id] for image_id in names if seen.get(image_id, 0) < turns]
+    if unread:
+        raise DataError(
+            f"cannot read {len(unread)} of {len(names)} images in {dataset.root!r}: {', '.join(unread)}"
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: Sam3Image) -> Iterator[None]:
+    """Put the model in eval mode, and each of its modules back into its own mode afterwards.
+
+    Python's random state comes back too: the official resize draws from it even when there is one size only.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    state = random.getstate()
+    model.eval()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        for module, training in modes:
+            module.training = training
+
+
+def silence() -> contextlib.redirect_stdout[io.StringIO]:
+    """Keep what pycocotools and sam3 print off the screen."""
+    return contextlib.redirect_stdout(io.StringIO())
