@@ -1,0 +1,69 @@
+"""Fine-tune Segment Anything Model 3 with LoRA, through Hugging Face PEFT and Meta's own trainer.
+
+>>> from sam3_lora import get_peft_sam3, load_base
+>>> model = get_peft_sam3(load_base("tiny"), preset="balanced")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sam3_lora.adapter import adapted_modules as adapted_modules
+    from sam3_lora.adapter import count_parameters as count_parameters
+    from sam3_lora.adapter import get_peft_sam3 as get_peft_sam3
+    from sam3_lora.adapter import load_adapter as load_adapter
+    from sam3_lora.adapter import save_adapter as save_adapter
+    from sam3_lora.attention import fuse_attention as fuse_attention
+    from sam3_lora.attention import split_attention as split_attention
+    from sam3_lora.base.loading import load_base as load_base
+    from sam3_lora.data.check import check_dataset as check_dataset
+    from sam3_lora.demo import run_demo as run_demo
+    from sam3_lora.errors import Sam3LoraError as Sam3LoraError
+    from sam3_lora.presets import PRESETS as PRESETS
+    from sam3_lora.presets import Preset as Preset
+    from sam3_lora.presets import get_preset as get_preset
+    from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
+    from sam3_lora.training.launch import TrainResult as TrainResult
+    from sam3_lora.training.launch import TrainSettings as TrainSettings
+    from sam3_lora.training.launch import train as train
+
+__version__ = version("sam3-lora")
+
+# torch takes seconds to import: a name brings in its module when it is first used.
+_MODULES = {
+    "PRESETS": "presets",
+    "Preset": "presets",
+    "Sam3LoraError": "errors",
+    "TrainResult": "training.launch",
+    "TrainSettings": "training.launch",
+    "adapted_modules": "adapter",
+    "build_sam3_lora_model": "training.builder",
+    "check_dataset": "data.check",
+    "count_parameters": "adapter",
+    "fuse_attention": "attention",
+    "get_peft_sam3": "adapter",
+    "get_preset": "presets",
+    "load_adapter": "adapter",
+    "load_base": "base.loading",
+    "run_demo": "demo",
+    "save_adapter": "adapter",
+    "split_attention": "attention",
+    "train": "training.launch",
+}
+
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sam3_lora' has no attribute {name!r}")
+    value = getattr(import_module(f"sam3_lora.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,266 @@
+"""A training run from Python: check, write the run file, start the official script on it, report progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sam3_lora.base.checkpoint import DEFAULT, base_info, find_checkpoint
+from sam3_lora.data.check import check_dataset
+from sam3_lora.errors import ConfigError, Sam3LoraError, as_report, did_you_mean
+from sam3_lora.output import check_output, claim_output, write_text_atomic
+from sam3_lora.presets import get_preset
+from sam3_lora.training.progress import BEST_METRICS_FILE, PROGRESS_FILE, OnProgress, ProgressReader
+
+RUN_FILE = "run.yaml"
+CONSOLE_LOG = "console.log"
+
+
+class TrainingError(Sam3LoraError):
+    """The official training script ended with an error."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One run of ``sam3-lora train``. ``None`` takes the value of the config.
+
+    Attributes:
+        data: Folder with ``train/`` and ``valid/``, each with ``_annotations.coco.json``.
+        output: Run folder.
+        preset: Name of a preset, which is also the config: ``sam3_lora/<preset>``.
+        base: As for :func:`sam3_lora.load_base`.
+        max_epochs: Passes over the training images.
+        batch_size: Images a process and step.
+        lr: Peak learning rate.
+        seed: Of everything random in the run.
+        num_gpus: Processes on this machine; without CUDA they run on the CPU.
+        overwrite: Replace what is in ``output``.
+        overrides: Keywords of :func:`sam3_lora.get_peft_sam3` that replace parts of the preset.
+        config: Any other keys of the config by dotted name, such as ``{"training.weight_decay": 0.01}``.
+    """
+
+    data: Path
+    output: Path
+    preset: str = "balanced"
+    base: str = DEFAULT
+    max_epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    num_gpus: int = 1
+    overwrite: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be {least} or more, got {value!r}"
+            for name, value, least in (
+                ("max_epochs", self.max_epochs, 1),
+                ("batch_size", self.batch_size, 1),
+                ("num_gpus", self.num_gpus, 1),
+                ("seed", self.seed, 0),
+            )
+            if value is not None and value < least
+        ]
+        if self.lr is not None and not 0 < self.lr < 1:
+            problems.append(f"lr must lie between 0 and 1, got {self.lr!r}; 1e-4 to 1e-3 is usual")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left: its folder, its best adapter, the metrics of that on ``valid/``, and parameter counts."""
+
+    output: Path
+    adapter: Path
+    metrics: Mapping[str, float]
+    trainable_parameters: int
+    total_parameters: int
+
+
+def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
+    """Train an adapter with the official script, in a process of its own, and wait for it.
+
+    Leaves in ``settings.output``: ``run.yaml`` (what was started), the official ``config.yaml`` and
+    ``config_resolved.yaml``, ``checkpoints/``, ``adapters/{epoch_N,last,best}/``, ``logs/``, ``tensorboard/``,
+    ``dumps/``. An interrupt stops the script too.
+
+    Raises:
+        Sam3LoraError: For a bad dataset, setting, base or output folder, before anything is written; or with the
+            script's own error when it fails.
+    """
+    check_settings(settings)
+    check_output(settings.output, made_by="train", overwrite=settings.overwrite)
+    check_dataset(settings.data)
+    find_checkpoint(settings.base)
+    claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
+    run_file = settings.output.resolve() / RUN_FILE
+    write_text_atomic(run_file, run_yaml(settings))
+    return run_official_script(run_file, settings.output.resolve(), settings.num_gpus, on_progress)
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Do nothing if the preset, its overrides and the config keys of a run exist and go together.
+
+    Raises:
+        ConfigError: For an unknown preset, override or key, or a value out of range; with the close match.
+        TargetError: If an override names modules that cannot be adapted.
+    """
+    get_preset(settings.preset)
+    problems = [problem for key in settings.config for problem in _unknown_key(key, settings.preset)]
+    if problems:
+        raise ConfigError(as_report(problems))
+    if settings.overrides:
+        # Only the injection itself knows which modules they would name; shapes are enough for it.
+        from sam3_lora.adapter import get_peft_sam3
+        from sam3_lora.base.official import build_meta_sam3
+        from sam3_lora.base.tiny import build_tiny_sam3
+
+        model = build_tiny_sam3() if settings.base == "tiny" else build_meta_sam3()
+        get_peft_sam3(model, settings.preset, **settings.overrides)
+
+
+def _unknown_key(key: str, preset: str) -> list[str]:
+    """Return a problem if a dotted key is in none of the config files that a run of this preset is made of."""
+    folder = files("sam3_lora.configs") / "sam3_lora"
+    known = OmegaConf.merge(
+        *(OmegaConf.create((folder / f"{name}.yaml").read_text()) for name in ("common", preset, "tiny"))
+    )
+    *parents, last = key.split(".")
+    node: Any = known
+    for depth, name in enumerate([*parents, last]):
+        if not isinstance(node, DictConfig) or name not in node:
+            where = ".".join(key.split(".")[:depth]) or "the config"
+            names = list(node) if isinstance(node, DictConfig) else []
+            return [f"unknown key {key!r}: {where} has no {name!r}{did_you_mean(name, names)}"]
+        if depth < len(parents):
+            node = node._get_node(name)
+    return []
+
+
+def run_yaml(settings: TrainSettings) -> str:
+    """Return the text of the run file: the preset's config with the settings on top of it."""
+    training = {
+        "max_epochs": settings.max_epochs,
+        "batch_size": settings.batch_size,
+        "lr": settings.lr,
+        "seed": settings.seed,
+    }
+    info = base_info(settings.base)
+    base = str(Path(settings.base).expanduser().resolve()) if Path(settings.base).is_file() else settings.base
+    run = OmegaConf.create(
+        {
+            "paths": {
+                "dataset_root": str(settings.data.resolve()),
+                "experiment_log_dir": str(settings.output.resolve()),
+            },
+            "base": {"name": base, "resolution": info.resolution, "num_queries": info.num_queries},
+            "training": {name: value for name, value in training.items() if value is not None},
+            "adapter": {"preset": settings.preset, "overrides": dict(settings.overrides)},
+        }
+    )
+    for name, value in settings.config.items():
+        OmegaConf.update(run, name, value)
+    presets = [f"/sam3_lora/{settings.preset}"]
+    return _as_run_file([*presets, "/sam3_lora/tiny"] if settings.base == "tiny" else presets, run)
+
+
+def demo_yaml(output: Path, seed: int) -> str:
+    """Return the text of the demo's run file."""
+    run = {"paths": {"experiment_log_dir": str(output.resolve())}, "training": {"seed": seed}}
+    return _as_run_file(["/sam3_lora/demo"], OmegaConf.create(run))
+
+
+def _as_run_file(layers: list[str], run: DictConfig) -> str:
+    header = "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
+    defaults = OmegaConf.create({"defaults": [*layers, "_self_"]})
+    return header + OmegaConf.to_yaml(defaults) + OmegaConf.to_yaml(run)
+
+
+def run_official_script(
+    config: Path | str, output: Path, num_gpus: int = 1, on_progress: OnProgress | None = None
+) -> TrainResult:
+    """Run ``python -m sam3.train.train -c config`` to its end and return what it left in ``output``.
+
+    Args:
+        config: Absolute path of a YAML file, or a name such as ``sam3_lora/demo``.
+        output: The ``experiment_log_dir`` of that config.
+        num_gpus: Processes to start.
+        on_progress: Called after every step and validation.
+
+    Raises:
+        TrainingError: With the last error of the script and where to read the rest.
+    """
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / PROGRESS_FILE).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "sam3.train.train", "-c", str(config), "--use-cluster", "0"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with open(logs / CONSOLE_LOG, "w", encoding="utf-8") as console:
+        process = subprocess.Popen(
+            [*command, "--num-gpus", str(num_gpus)],
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            progress = ProgressReader(logs, on_progress)
+            while process.poll() is None:
+                time.sleep(0.2)
+                progress.read()
+            progress.read()
+        finally:
+            if process.poll() is None:
+                _stop(process)
+    if process.returncode != 0:
+        raise TrainingError(
+            f"the official training script ended with exit code {process.returncode}: "
+            f"{_last_error(logs / CONSOLE_LOG)}. All of its output: {logs / CONSOLE_LOG}"
+        )
+    return _result(output, progress)
+
+
+def _result(output: Path, progress: ProgressReader) -> TrainResult:
+    metrics = json.loads((output / "logs" / BEST_METRICS_FILE).read_text(encoding="utf-8"))
+    return TrainResult(
+        output=output,
+        adapter=output / "adapters" / "best",
+        metrics={name: value for name, value in metrics.items() if isinstance(value, float)},
+        trainable_parameters=progress.start["trainable_parameters"],
+        total_parameters=progress.start["total_parameters"],
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the script and the processes that it started: first politely, after five seconds for good."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=5)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _last_error(console: Path) -> str:
+    lines = [line.strip() for line in console.read_text(encoding="utf-8", errors="replace").splitlines()]
+    errors = [
+        line for line in lines if ("Error" in line or "Exception" in line) and not line.startswith("File ")
+    ]
+    return (errors or [line for line in lines if line] or ["no output"])[-1].rstrip(".")

@@ -1,0 +1,72 @@
+"""The progress file of a run: the trainer writes events, whoever waits for the run reads them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRESS_FILE = "progress.jsonl"  # in logs/
+BEST_METRICS_FILE = "best_metrics.json"  # in logs/
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. Epochs and steps count from 1; ``metrics`` are those of the last validation."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float | None
+    metrics: Mapping[str, float]
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def append_event(logs: Path, kind: str, **values: Any) -> None:
+    """Add one line to the progress file in ``logs``."""
+    with open(logs / PROGRESS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": kind, **values}) + "\n")
+
+
+class ProgressReader:
+    """Turns the new lines of a progress file into calls of ``on_progress``.
+
+    Attributes:
+        start: What the run said of itself: ``epochs``, ``trainable_parameters``, ``total_parameters``.
+    """
+
+    def __init__(self, logs: Path, on_progress: OnProgress | None) -> None:
+        self.start: dict[str, Any] = {}
+        self._path = logs / PROGRESS_FILE
+        self._on_progress = on_progress
+        self._metrics: dict[str, float] = {}
+        self._last_step: dict[str, Any] = {}
+        self._offset = 0
+
+    def read(self) -> None:
+        """Report what has come since the last call."""
+        for event in self._new_events():
+            kind = event.pop("event")
+            if kind == "start":
+                self.start = event
+            elif kind == "step":
+                self._last_step = event
+            else:
+                self._metrics = {name: value for name, value in event.items() if name != "epoch"}
+            if self._on_progress is not None and self._last_step:
+                epochs = self.start["epochs"]
+                self._on_progress(Progress(epochs=epochs, metrics=self._metrics, **self._last_step))
+
+    def _new_events(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with open(self._path, encoding="utf-8") as file:
+            file.seek(self._offset)
+            while (line := file.readline()).endswith("\n"):
+                self._offset = file.tell()
+                yield json.loads(line)

@@ -1,0 +1,182 @@
+"""The official Trainer with adapter folders, exact seeding and a progress file added."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+
+from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
+from sam3_lora.base.cpu import enable_cpu_training, provide_triton
+from sam3_lora.errors import ConfigError, DataError, did_you_mean
+from sam3_lora.output import write_json_atomic
+from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
+
+provide_triton()
+
+from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
+
+#: Our name of a metric -> the official trainer's. ``valid`` is the dict_key of the validation batches.
+METRICS = {
+    "bbox_AP": "Meters_train/val_valid/bbox/coco_eval_bbox_AP",
+    "bbox_AP50": "Meters_train/val_valid/bbox/coco_eval_bbox_AP_50",
+    "segm_AP": "Meters_train/val_valid/segm/coco_eval_segm_AP",
+    "segm_AP50": "Meters_train/val_valid/segm/coco_eval_segm_AP_50",
+}
+
+
+class LoraTrainer(Trainer):
+    """The official Trainer for a model with LoRA injected. Configs name it as ``trainer._target_``.
+
+    Added to the official one:
+
+    - ``adapters/epoch_N`` and ``adapters/last`` after every epoch, ``adapters/best`` when ``best_metric`` rises, in
+      PEFT's format; the checkpoints hold the trainable parameters and the optimizer, not the base.
+    - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks.
+    - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works.
+    - ``logs/progress.jsonl`` for programs that watch the run.
+
+    Args:
+        adapter_dir: Where the adapter folders go.
+        best_metric: ``segm_AP``, ``segm_AP50``, ``bbox_AP`` or ``bbox_AP50``; ``None`` keeps no best adapter.
+        adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
+        prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
+        official: The keywords of :class:`sam3.train.trainer.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        adapter_dir: str,
+        best_metric: str | None = "segm_AP",
+        adapter_freq: int = 1,
+        prepare: Mapping[str, Any] | None = None,
+        accelerator: str = "auto",
+        seed_value: int = 0,
+        optim: Mapping[str, Any] | None = None,
+        **official: Any,
+    ) -> None:
+        if best_metric is not None and best_metric not in METRICS:
+            raise ConfigError(
+                f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)}. "
+                f"Metrics: {', '.join(METRICS)}"
+            )
+        enable_cpu_training()
+        if prepare is not None:
+            instantiate(prepare)
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        self._adapter_dir = Path(adapter_dir)
+        self._best_metric = best_metric
+        self._adapter_freq = adapter_freq
+        self._seed = seed_value
+        super().__init__(
+            accelerator=accelerator, seed_value=seed_value, optim=_resolve_amp(optim), **official
+        )
+
+    def train_epoch(self, train_loader: Any) -> dict[str, Any]:
+        if len(train_loader) == 0:
+            raise DataError(
+                f"not one full batch in the training data: {len(self.train_dataset.dataset)} images, and the trainer "
+                f"takes {train_loader.batch_size} a step on each of {torch.distributed.get_world_size()} processes; "
+                "lower batch_size or gradient_accumulation_steps, or add images"
+            )
+        self._steps_per_epoch = len(train_loader)
+        seed = (self._seed * 100_003 + int(self.epoch) * 1_009 + self.distributed_rank) % 2**31
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        result: dict[str, Any] = super().train_epoch(train_loader)
+        return result
+
+    def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
+        super().save_checkpoint(epoch, checkpoint_names)
+        if checkpoint_names is None and not self.skip_saving_ckpts:
+            names = ["last"]
+            if self._adapter_freq and int(epoch) % self._adapter_freq == 0:
+                names.append(f"epoch_{int(epoch)}")
+            self._save_adapters(names)
+
+    def _save_checkpoint(self, checkpoint: Mapping[str, Any], checkpoint_path: str) -> None:
+        # The official one removes the old file before it renames the new one: a kill in between loses both.
+        temporary = f"{checkpoint_path}.tmp"
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, checkpoint_path)
+
+    def _save_adapters(self, names: list[str]) -> None:
+        if self.distributed_rank == 0:
+            for name in names:
+                save_adapter(unwrap_ddp_if_wrapped(self.model), self._adapter_dir / name)
+
+    def _setup_components(self) -> None:
+        if self.distributed_rank == 0:
+            log = logging.FileHandler(Path(self.logging_conf.log_dir) / "train.log")
+            log.setFormatter(logging.Formatter("%(levelname)s %(asctime)s: %(message)s"))
+            logging.root.addHandler(log)
+        super()._setup_components()
+        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        # The official way to keep the base out of checkpoints; the builder loads it again at every start.
+        self.checkpoint_conf.skip_saving_parameters = [
+            n for n in self.model.state_dict() if n not in trainable
+        ]
+        self.checkpoint_conf.initialize_after_preemption = True
+        count = count_parameters(self.model)
+        logging.info(
+            f"Adapted {len(adapted_modules(self.model))} modules. Parameters: {count.total:,} in total, "
+            f"{count.trainable:,} trainable ({count.trainable / count.total:.3%})"
+        )
+        self._report(
+            "start",
+            epochs=self.max_epochs,
+            trainable_parameters=count.trainable,
+            total_parameters=count.total,
+        )
+
+    def _run_step(
+        self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
+    ) -> None:
+        super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
+        loss = loss_mts[f"Losses/{phase}_all_loss"].val
+        step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
+        self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
+
+    def _log_meters_and_save_best_ckpts(self, phases: list[str]) -> dict[str, Any]:
+        outputs: dict[str, Any] = super()._log_meters_and_save_best_ckpts(phases)
+        # Only rank 0 holds the merged predictions; the others get an empty meter.
+        metrics = {name: float(outputs[key]) for name, key in METRICS.items() if key in outputs}
+        if metrics and self.distributed_rank == 0:
+            self._report("metrics", epoch=int(self.epoch) + 1, **metrics)
+            self._keep_best(metrics)
+        return outputs
+
+    def _keep_best(self, metrics: Mapping[str, float]) -> None:
+        value = metrics.get(self._best_metric or "")
+        if value is None or self.mode == "val" or value <= self.best_meter_values.get("best", float("-inf")):
+            return
+        # Plain numbers: a numpy scalar would make the checkpoint unreadable for the official resume.
+        self.best_meter_values["best"] = value
+        self.best_meter_values["best_epoch"] = int(self.epoch) + 1
+        self._save_adapters(["best"])
+        best = {"epoch": int(self.epoch) + 1, "best_metric": self._best_metric, **metrics}
+        write_json_atomic(Path(self.logging_conf.log_dir) / BEST_METRICS_FILE, best)
+
+    def _report(self, kind: str, **values: Any) -> None:
+        if self.distributed_rank == 0:
+            append_event(Path(self.logging_conf.log_dir), kind, **values)
+
+
+def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if optim is None:
+        return None
+    optim = dict(optim)
+    amp = dict(optim.get("amp") or {})
+    if amp.get("enabled") == "auto":
+        amp["enabled"] = torch.cuda.is_available()
+    return {**optim, "amp": amp}

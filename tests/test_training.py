@@ -1,0 +1,275 @@
+"""Training through the unmodified official script: from Python, by the name of a config, and by a path."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from peft import PeftModel
+from sam3.train.utils.train_utils import register_omegaconf_resolvers
+from tiny_forward import forward
+
+from sam3_lora.adapter import adapted_modules, load_adapter
+from sam3_lora.attention import split_attention
+from sam3_lora.base.loading import load_base
+from sam3_lora.data.coco import ANNOTATION_FILE
+from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
+from sam3_lora.errors import ConfigError, DataError, OutputError, Sam3LoraError
+from sam3_lora.evaluation.metrics import evaluate_split
+from sam3_lora.training.launch import TrainSettings, run_yaml, train
+from sam3_lora.training.trainer import METRICS, LoraTrainer
+
+CONFIGS = ("minimal", "balanced", "full", "demo")
+ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    for split, seed in (("train", 1), ("valid", 2)):
+        write_coco(folder / split, DEMO_CONCEPTS, 12, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    """One short run by ``train``: its result, and the progress that it reported."""
+    seen = []
+    output = tmp_path_factory.mktemp("runs") / "short"
+    settings = TrainSettings(data=dataset, output=output, base="tiny", max_epochs=2, batch_size=4)
+    return train(settings, on_progress=seen.append), seen
+
+
+def official_script(*arguments, cwd, **environment):
+    """Run the official script as a user would; returns the finished process."""
+    command = [sys.executable, "-W", "ignore", "-m", "sam3.train.train", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_run_leaves_the_files_that_the_documentation_names(run):
+    output = run[0].output
+    for name in (
+        "run.yaml",
+        "config.yaml",
+        "config_resolved.yaml",
+        "checkpoints/checkpoint.pt",
+        "logs/train.log",
+    ):
+        assert (output / name).is_file(), name
+    for name in ("epoch_1", "epoch_2", "last", "best"):
+        folder = output / "adapters" / name
+        assert not folder.is_symlink()
+        assert tuple(sorted(entry.name for entry in folder.iterdir())) == ADAPTER_FILES
+        assert all(stat.S_IMODE(file.stat().st_mode) == 0o644 for file in folder.iterdir())
+    assert list((output / "tensorboard").iterdir())
+    assert {file.name for file in (output / "dumps").rglob("*.json")} == {
+        "coco_predictions_bbox.json",
+        "coco_predictions_segm.json",
+    }
+
+
+def test_the_log_says_how_much_is_trained(run):
+    assert (
+        "Adapted 68 modules. Parameters: 5,038,310 in total, 133,120 trainable (2.642%)"
+        in (run[0].output / "logs" / "train.log").read_text()
+    )
+    assert (run[0].trainable_parameters, run[0].total_parameters) == (133_120, 5_038_310)
+
+
+def test_progress_counts_epochs_and_steps_and_ends_with_metrics(run):
+    seen = run[1]
+    steps = list(dict.fromkeys((p.epoch, p.step) for p in seen))
+    assert steps == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
+    assert {(p.epochs, p.steps) for p in seen} == {(2, 3)}
+    assert all(p.loss > 0 for p in seen)
+    assert set(seen[-1].metrics) == set(METRICS)
+
+
+def test_the_checkpoint_holds_adapters_and_optimizer_but_not_the_base(run):
+    checkpoint = torch.load(run[0].output / "checkpoints" / "checkpoint.pt", weights_only=True)
+    assert sum(tensor.numel() for tensor in checkpoint["model"].values()) == 133_120
+    assert all(".lora_" in name for name in checkpoint["model"])
+    assert len(checkpoint["optimizer"]["state"]) == len(checkpoint["model"])
+
+
+def test_training_changed_the_adapter(run):
+    first, last = (
+        load_adapter(load_base("tiny", device="cpu"), run[0].output / "adapters" / name)
+        for name in ("epoch_1", "last")
+    )
+    weights = {name: p for name, p in first.named_parameters() if "lora_B" in name}
+    assert weights
+    assert all(p.any() and not torch.equal(p, last.get_parameter(name)) for name, p in weights.items())
+
+
+def test_plain_peft_loads_the_adapter_with_the_same_outputs(run):
+    ours = load_adapter(load_base("tiny", device="cpu"), run[0].adapter).get_base_model()
+    plain = PeftModel.from_pretrained(split_attention(load_base("tiny", device="cpu")), str(run[0].adapter))
+    a, b = forward(ours), forward(plain.get_base_model().eval())
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_reloaded_adapter_gives_the_trainer_s_own_numbers(run, dataset):
+    model = load_adapter(load_base("tiny", device="cpu"), run[0].adapter).get_base_model()
+    valid = dataset / "valid"
+    result = evaluate_split(model, valid, valid / ANNOTATION_FILE, resolution=112, batch_size=4, device="cpu")
+    assert result.as_dict() == pytest.approx(dict(run[0].metrics), abs=5e-4)
+
+
+def test_the_official_script_finds_our_config_by_name_and_trains_in_two_processes(dataset, tmp_path):
+    """The balanced config by its name, with paths from the environment and the tiny base from a file of the user."""
+    (tmp_path / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [/sam3_lora/balanced, /sam3_lora/tiny, _self_]\n"
+        "training: {max_epochs: 1, batch_size: 3, gradient_accumulation_steps: 2}\n"
+    )
+    result = official_script(
+        "-c", str(tmp_path / "mine.yaml"), "--use-cluster", "0", "--num-gpus", "2",
+        cwd=tmp_path, DATASET_ROOT=str(dataset), EXPERIMENT_DIR=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert len(list((tmp_path / "run" / "adapters").iterdir())) == 3
+    steps = [json.loads(line) for line in (tmp_path / "run/logs/progress.jsonl").read_text().splitlines()]
+    assert [(s["step"], s["steps"]) for s in steps if s["event"] == "step"] == [(1, 1)]
+
+
+@pytest.mark.slow
+def test_the_demo_config_works_by_name_in_an_empty_folder(tmp_path):
+    result = official_script("-c", "sam3_lora/demo", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert (tmp_path / "runs/demo/adapters/best/adapter_model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def composed():
+    register_omegaconf_resolvers()
+    with initialize_config_module("sam3.train", version_base="1.2"):
+        yield lambda name: compose(config_name=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_composes_and_names_its_preset(composed, name, monkeypatch):
+    monkeypatch.setenv("DATASET_ROOT", "somewhere")
+    config = composed(f"sam3_lora/{name}")
+    assert config.trainer._target_ == "sam3_lora.training.LoraTrainer"
+    assert config.trainer.model._target_ == "sam3_lora.build_sam3_lora_model"
+    assert config.trainer.model.preset == ("balanced" if name == "demo" else name)
+
+
+def test_a_config_without_a_dataset_says_what_is_missing(tmp_path):
+    result = official_script("-c", "sam3_lora/balanced", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "Environment variable 'DATASET_ROOT' not found" in result.stderr
+    assert "full_key: paths.dataset_root" in result.stderr
+
+
+def test_box_and_mask_losses_are_on(composed):
+    loss = composed("sam3_lora/demo").trainer.loss.all
+    targets = {entry._target_.rpartition(".")[2] for entry in loss.loss_fns_find}
+    assert targets == {"Boxes", "IABCEMdetr", "Masks"}
+    assert loss.loss_fn_semantic_seg._target_ == "sam3.train.loss.loss_fns.SemanticSegCriterion"
+
+
+def test_another_hydra_program_keeps_its_search_path(tmp_path):
+    """Hydra loads every plug-in in the environment, ours too, in every Hydra program."""
+    (tmp_path / "config.yaml").write_text("answer: 42\n")
+    code = (
+        "from hydra import initialize_config_dir\n"
+        "from hydra.core.global_hydra import GlobalHydra\n"
+        f"with initialize_config_dir({str(tmp_path)!r}, version_base='1.2'):\n"
+        "    path = GlobalHydra.instance().config_loader().get_search_path()\n"
+        "    print([entry.provider for entry in path.get_path()])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['hydra', 'main', 'schema']"
+
+
+def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
+    settings = TrainSettings(
+        data=dataset, output=tmp_path, base="tiny", lr=0.01, config={"training.amp": False}
+    )
+    run = yaml.safe_load(run_yaml(settings))
+    assert run["defaults"] == ["/sam3_lora/balanced", "/sam3_lora/tiny", "_self_"]
+    assert run["training"] == {"lr": 0.01, "seed": 0, "amp": False}
+    assert run["paths"] == {"dataset_root": str(dataset), "experiment_log_dir": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param({"preset": "balnced"}, ConfigError, "did you mean 'balanced'", id="preset"),
+        pytest.param(
+            {"overrides": {"lora_alhpa": 4}}, ConfigError, "did you mean 'lora_alpha'", id="override"
+        ),
+        pytest.param({"overrides": {"r": 0}}, ConfigError, "r must be a whole number of 1 or more", id="r"),
+        pytest.param(
+            {"config": {"training.weigth_decay": 0.1}},
+            ConfigError,
+            "unknown key 'training.weigth_decay': training has no 'weigth_decay'; did you mean 'weight_decay'",
+            id="config key",
+        ),
+        pytest.param({"base": "tinny"}, Sam3LoraError, "unknown base 'tinny'", id="base"),
+        pytest.param({"data": Path("nowhere")}, DataError, "nowhere does not exist", id="data"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(dataset, tmp_path, changes, error, message):
+    settings = {"data": dataset, "output": tmp_path / "run", "base": "tiny", **changes}
+    with pytest.raises(error, match=message):
+        train(TrainSettings(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(dataset, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="is not empty"):
+        train(TrainSettings(data=dataset, output=tmp_path, base="tiny"))
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_epochs": 0}, "max_epochs must be 1 or more, got 0"),
+        (
+            {"batch_size": -1, "lr": 3.0},
+            "batch_size must be 1 or more, got -1; lr must lie between 0 and 1, got 3.0",
+        ),
+    ],
+)
+def test_settings_out_of_range_are_refused_together(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings(data=Path("d"), output=Path("o"), **values)
+
+
+def test_an_error_of_the_official_script_is_one_line_that_names_the_cause(dataset, tmp_path):
+    settings = TrainSettings(data=dataset, output=tmp_path / "run", base="tiny", batch_size=100)
+    with pytest.raises(Sam3LoraError) as caught:
+        train(settings)
+    text = str(caught.value)
+    assert "not one full batch in the training data: 12 images, and the trainer takes 100 a step" in text
+    assert "console.log" in text
+
+
+def test_an_unknown_metric_for_the_best_adapter_is_refused():
+    with pytest.raises(ConfigError, match=r"unknown metric 'segm_AP5O'; did you mean 'segm_AP50'"):
+        LoraTrainer(adapter_dir="x", best_metric="segm_AP5O")
+
+
+def test_the_trained_model_keeps_its_official_parameter_names():
+    from sam3_lora import build_sam3_lora_model
+
+    model = build_sam3_lora_model(base="tiny", preset="minimal", overrides={"r": 4})
+    assert type(model).__name__ == "Sam3Image"
+    assert model.training
+    assert len(adapted_modules(model)) == 42
+    assert any(
+        name.startswith("backbone.vision_backbone.trunk.blocks.0") for name, _ in model.named_parameters()
+    )
