@@ -1,4 +1,4 @@
-"""One forward of the tiny model on a fixed image, with words and a box as prompts."""
+"""One forward of a model, by default the tiny one, on a fixed image, with words and a box as prompts."""
 
 import torch
 from sam3.model.data_misc import FindStage
@@ -6,15 +6,17 @@ from sam3.model.data_misc import FindStage
 from sam3_lora.base.checkpoint import TINY
 
 
-def forward(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def forward(model: torch.nn.Module, resolution: int = TINY.resolution) -> dict[str, torch.Tensor]:
     """Return the raw outputs of the model in its own mode, without gradients."""
     with torch.no_grad():
-        return forward_with_gradients(model)
+        return forward_with_gradients(model, resolution)
 
 
-def forward_with_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def forward_with_gradients(
+    model: torch.nn.Module, resolution: int = TINY.resolution
+) -> dict[str, torch.Tensor]:
     """Return the raw outputs of the model in its own mode, attached to its parameters."""
-    size = (1, 3, TINY.resolution, TINY.resolution)
+    size = (1, 3, resolution, resolution)
     image = torch.rand(size, generator=torch.Generator().manual_seed(3)) * 2 - 1
     backbone_out = model.backbone.forward_image(image)
     backbone_out.update(model.backbone.forward_text(["a red circle"], device="cpu"))
