@@ -38,7 +38,7 @@ from sam3.model.vl_combiner import SAM3VLBackbone  # noqa: E402
 from sam3.train.matcher import BinaryHungarianMatcherV2  # noqa: E402
 
 WEIGHTS_FILE = "tiny_sam3.safetensors"
-WEIGHTS_SHA256 = "32a7f8cd79c98ba18c39325810ef510b011df1f3dacedb93eee8a93b25b7e43e"
+WEIGHTS_SHA256 = "db2d0a6832fc74c9db0524a62f6b16b1a180d875b52e23c446f5dc3017810a06"
 
 _PATCH = 14
 _VIT_WIDTH = 96
