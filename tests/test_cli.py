@@ -69,6 +69,7 @@ def test_the_package_runs_as_a_module():
         pytest.param(["xyz"], "unknown command 'xyz'", id="verb like no other"),
         pytest.param([], "the following arguments are required: COMMAND", id="no verb"),
         pytest.param(["train", "--data", "d"], "the following arguments are required: --output", id="no output"),
+        pytest.param(["train", "--resume", "r", "--output", "o"], "--output cannot go with --resume", id="resume elsewhere"),
         pytest.param([*TRAIN, "--preset", "balnced"], "unknown preset 'balnced'; did you mean 'balanced'?", id="preset"),
         pytest.param([*TRAIN, "--preset", "xyz"], "unknown preset 'xyz'; known are minimal, balanced, full", id="preset like no other"),
         pytest.param([*TRAIN, "--max-epoch", "3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option"),
@@ -103,6 +104,7 @@ class Launch:
         return SimpleNamespace(
             output=Path("runs/my run"),
             adapter=Path("runs/my run/adapters/best"),
+            base=self.settings.base,
             metrics={"bbox_AP50": 0.8123, "segm_AP50": 0.7},
             trainable_parameters=4_128_768,
             total_parameters=840_000_000,

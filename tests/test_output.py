@@ -11,6 +11,7 @@ from sam3_lora.output import (
     MARKER_FILE,
     check_output,
     claim_output,
+    mark_finished,
     replaced_folder,
     write_json_atomic,
     write_text_atomic,
@@ -19,6 +20,7 @@ from sam3_lora.output import (
 
 def earlier_run(folder, made_by):
     claim_output(folder, made_by=made_by)
+    mark_finished(folder)
     (folder / "adapters").mkdir()
     (folder / "adapters/weights").write_text("old")
     (folder / "metrics.json").write_text("{}")
@@ -73,6 +75,14 @@ def test_what_may_replace_an_earlier_run(earlier, now, overwrite, replaced, tmp_
     claim_output(folder, made_by=now, overwrite=overwrite)
     assert [file.name for file in folder.iterdir()] == [MARKER_FILE]
     assert json.loads((folder / MARKER_FILE).read_text())["command"] == now
+
+
+def test_an_unfinished_run_is_not_replaced_and_the_error_names_the_way_to_go_on(tmp_path):
+    claim_output(tmp_path / "run", made_by="train")
+    with pytest.raises(
+        OutputError, match=r"holds an unfinished run: go on with --resume .*run, or --overwrite"
+    ):
+        check_output(tmp_path / "run", made_by="train")
 
 
 def test_a_link_in_a_replaced_run_goes_but_not_what_it_points_to(tmp_path):

@@ -40,7 +40,9 @@ def check_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
     if maker is not None and (overwrite or (maker == made_by and made_by in _REPLACES_ITS_OWN)):
         return
     shown = ", ".join(present[:4]) + (f" and {len(present) - 4} more" if len(present) > 4 else "")
-    if maker is None:
+    if maker == "train" and not is_finished(folder):
+        way_out = f"it holds an unfinished run: go on with --resume {folder}, or --overwrite to start anew"
+    elif maker is None:
         way_out = "choose another folder, or empty this one yourself: sam3-lora deletes only what it made"
     else:
         way_out = f"it was made by 'sam3-lora {maker}': choose another folder, or --overwrite to replace it"
@@ -70,6 +72,16 @@ def claim_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
         raise OutputError(
             f"{folder} cannot be written: {error.strerror}; choose another output folder"
         ) from error
+
+
+def mark_finished(folder: Path) -> None:
+    """Note in a folder that :func:`claim_output` made that its command has come to its end."""
+    write_json_atomic(folder / MARKER_FILE, {**_marker(folder), "finished": True})
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether :func:`mark_finished` was called for a folder."""
+    return _marker(folder).get("finished") is True
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -108,12 +120,16 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 def _maker(folder: Path) -> str | None:
     """Return the command that made a folder; None if none of ours did."""
+    command = _marker(folder).get("command")
+    return command if isinstance(command, str) else None
+
+
+def _marker(folder: Path) -> dict[str, Any]:
     try:
         marker = json.loads((folder / MARKER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    command = marker.get("command") if isinstance(marker, dict) else None
-    return command if isinstance(command, str) else None
+        return {}
+    return marker if isinstance(marker, dict) else {}
 
 
 def _delete_contents(folder: Path, keep: str) -> None:

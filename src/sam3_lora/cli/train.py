@@ -20,6 +20,7 @@ examples:
   sam3-lora train --data my_dataset --output runs/first
   sam3-lora train --data my_dataset --output runs/wide --preset full --set r=32 --set lora_dropout=0.1
   sam3-lora train --data my_dataset --output runs/try --base tiny --max-epochs 3
+  sam3-lora train --resume runs/first
 
 my_dataset holds train/ and valid/, each with its images and _annotations.coco.json; category names are the prompts.""",
 }
@@ -27,29 +28,32 @@ my_dataset holds train/ and valid/, each with its images and _annotations.coco.j
 
 def add_options(parser: arguments.Parser) -> None:
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="dataset folder with train/ and valid/")
-    add("--output", type=Path, required=True, metavar="DIR", help="run folder: new, or empty")
+    add("--data", type=Path, metavar="DIR", help="dataset folder with train/ and valid/")
+    add("--output", type=Path, metavar="DIR", help="run folder: new, or empty")
+    add(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="go on with a run that was stopped; other options must be those that it was started with",
+    )
     add(
         "--preset",
         type=arguments.preset,
-        default="balanced",
         metavar="NAME",
         help="what to adapt; 'sam3-lora presets' lists them (default: balanced)",
     )
     add(
         "--base",
-        default="facebook/sam3",
         help="facebook/sam3, tiny (a small model for trials on any machine) or the path of a sam3.pt "
         "(default: facebook/sam3)",
     )
     add("--max-epochs", type=arguments.count, metavar="N", help="times to go through the training images")
     add("--batch-size", type=arguments.count, metavar="N", help="images per step on each GPU")
     add("--lr", type=arguments.rate, metavar="X", help="highest learning rate")
-    add("--seed", type=arguments.seed, default=0, metavar="N", help="seed of all random choices (default: 0)")
+    add("--seed", type=arguments.seed, metavar="N", help="seed of all random choices (default: 0)")
     add(
         "--num-gpus",
         type=arguments.count,
-        default=1,
         metavar="N",
         help="GPUs, or processes without (default: 1)",
     )
@@ -69,28 +73,52 @@ def add_options(parser: arguments.Parser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from sam3_lora.cli.progress import progress_on_stderr
-    from sam3_lora.training.launch import TrainSettings, train
+    from sam3_lora.training.launch import TrainSettings, resume, train
 
-    settings = TrainSettings(
-        data=args.data,
-        output=args.output,
-        preset=args.preset,
-        base=args.base,
-        max_epochs=args.max_epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        num_gpus=args.num_gpus,
-        overwrite=args.overwrite,
-        overrides={key: value for key, value in args.set if "." not in key},
-        config={key: value for key, value in args.set if "." in key},
-    )
-    with progress_on_stderr() as show:
-        result = train(settings, on_progress=show)
-    _print_result(result, args.base, as_json=args.json)
+    if args.resume is not None:
+        _refuse_beside_resume(args)
+        expected = {key: value for key, value in _config_keys(args).items() if value is not None}
+        with progress_on_stderr() as show:
+            result = resume(args.resume, expected, on_progress=show)
+    else:
+        missing = [f"--{name}" for name in ("data", "output") if getattr(args, name) is None]
+        if missing:
+            args.parser.error(f"the following arguments are required: {', '.join(missing)} (or --resume)")
+        given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+        settings = TrainSettings(
+            **given,
+            overwrite=args.overwrite,
+            overrides={key: value for key, value in args.set if "." not in key},
+            config={key: value for key, value in args.set if "." in key},
+        )
+        with progress_on_stderr() as show:
+            result = train(settings, on_progress=show)
+    _print_result(result, as_json=args.json)
 
 
-def _print_result(result: TrainResult, base: str, as_json: bool) -> None:
+#: Options that are settings of :class:`TrainSettings` by the same name; one that is not given keeps its default.
+_SETTINGS = ("data", "output", "preset", "base", "max_epochs", "batch_size", "lr", "seed", "num_gpus")
+
+
+def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say as config keys, to be compared with those of a run."""
+    return {
+        "paths.dataset_root": None if args.data is None else str(args.data.resolve()),
+        "adapter.preset": args.preset,
+        "base.name": args.base,
+        "launcher.gpus_per_node": args.num_gpus,
+        **{f"training.{name}": getattr(args, name) for name in ("max_epochs", "batch_size", "lr", "seed")},
+        **{key if "." in key else f"adapter.overrides.{key}": value for key, value in args.set},
+    }
+
+
+def _refuse_beside_resume(args: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in ("output", "overwrite") if getattr(args, name)]
+    if given:
+        args.parser.error(f"{' and '.join(given)} cannot go with --resume, which names the run folder itself")
+
+
+def _print_result(result: TrainResult, as_json: bool) -> None:
     from sam3_lora.cli import tables
 
     if as_json:
@@ -111,6 +139,6 @@ def _print_result(result: TrainResult, base: str, as_json: bool) -> None:
             "Trained": tables.share_of_parameters(result.trainable_parameters, result.total_parameters),
             "Adapter": adapter,
             "Curves": f"tensorboard --logdir {shlex.quote(logs)}",
-            "Python": f"sam3_lora.load_adapter(sam3_lora.load_base({base!r}), {adapter!r})",
+            "Python": f"sam3_lora.load_adapter(sam3_lora.load_base({result.base!r}), {adapter!r})",
         }
     )

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, base_info, find_checkpoint
 from sam3_lora.data.check import check_dataset
-from sam3_lora.errors import ConfigError, Sam3LoraError, as_report, did_you_mean
-from sam3_lora.output import check_output, claim_output, write_text_atomic
+from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError, as_report, did_you_mean
+from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.presets import get_preset
-from sam3_lora.training.progress import BEST_METRICS_FILE, PROGRESS_FILE, OnProgress, ProgressReader
+from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
@@ -82,10 +82,12 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its folder, its best adapter, the metrics of that on ``valid/``, and parameter counts."""
+    """What a run left: its folder, its best adapter with the base it is for and its metrics on ``valid/``, and
+    parameter counts."""
 
     output: Path
     adapter: Path
+    base: str
     metrics: Mapping[str, float]
     trainable_parameters: int
     total_parameters: int
@@ -109,7 +111,50 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE
     write_text_atomic(run_file, run_yaml(settings))
-    return run_official_script(run_file, settings.output.resolve(), settings.num_gpus, on_progress)
+    return _run_to_the_end(run_file, settings.num_gpus, on_progress)
+
+
+def resume(
+    output: Path, expected: Mapping[str, Any] | None = None, on_progress: OnProgress | None = None
+) -> TrainResult:
+    """Go on with a run of :func:`train` that was stopped, however that happened, and wait for its end.
+
+    The run starts again after its last whole epoch and ends with the same bytes as if it had not been stopped. One
+    that is finished is only validated again.
+
+    Args:
+        output: The run folder.
+        expected: Config keys by dotted name that the run must have been started with.
+        on_progress: As for :func:`train`.
+
+    Raises:
+        OutputError: If there is no run in ``output``.
+        ConfigError: If the run was started with other values than ``expected``; lists all of them.
+        TrainingError: If the official script fails, also if data or settings are not what the checkpoint was made
+            with; lists what differs.
+    """
+    run_file = output.resolve() / RUN_FILE
+    if not run_file.is_file():
+        raise OutputError(f"{output} holds no run to go on with: there is no {RUN_FILE!r} in it")
+    started_with = OmegaConf.load(run_file)
+    resolved = output / "config_resolved.yaml"
+    known = OmegaConf.load(resolved) if resolved.is_file() else started_with
+    changed = [
+        f"{key}: the run has {before!r}, asked for {now!r}"
+        for key, now in {"paths.experiment_log_dir": str(output.resolve()), **(expected or {})}.items()
+        if (before := OmegaConf.select(known, key)) != now
+    ]
+    if changed:
+        raise ConfigError(f"{output} was started with other settings: {as_report(changed)}")
+    check_dataset(Path(started_with.paths.dataset_root))
+    find_checkpoint(started_with.base.name)
+    return _run_to_the_end(run_file, started_with.launcher.gpus_per_node, on_progress)
+
+
+def _run_to_the_end(run_file: Path, num_gpus: int, on_progress: OnProgress | None) -> TrainResult:
+    result = run_official_script(run_file, run_file.parent, num_gpus, on_progress)
+    mark_finished(run_file.parent)
+    return result
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -170,6 +215,7 @@ def run_yaml(settings: TrainSettings) -> str:
             "base": {"name": base, "resolution": info.resolution, "num_queries": info.num_queries},
             "training": {name: value for name, value in training.items() if value is not None},
             "adapter": {"preset": settings.preset, "overrides": dict(settings.overrides)},
+            "launcher": {"gpus_per_node": settings.num_gpus},
         }
     )
     for name, value in settings.config.items():
@@ -206,9 +252,9 @@ def run_official_script(
     """
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    (logs / PROGRESS_FILE).unlink(missing_ok=True)
     command = [sys.executable, "-m", "sam3.train.train", "-c", str(config), "--use-cluster", "0"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    progress = ProgressReader(logs, on_progress)
     with open(logs / CONSOLE_LOG, "w", encoding="utf-8") as console:
         process = subprocess.Popen(
             [*command, "--num-gpus", str(num_gpus)],
@@ -218,7 +264,6 @@ def run_official_script(
             start_new_session=True,
         )
         try:
-            progress = ProgressReader(logs, on_progress)
             while process.poll() is None:
                 time.sleep(0.2)
                 progress.read()
@@ -239,6 +284,7 @@ def _result(output: Path, progress: ProgressReader) -> TrainResult:
     return TrainResult(
         output=output,
         adapter=output / "adapters" / "best",
+        base=OmegaConf.load(output / "config_resolved.yaml").base.name,
         metrics={name: value for name, value in metrics.items() if isinstance(value, float)},
         trainable_parameters=progress.start["trainable_parameters"],
         total_parameters=progress.start["total_parameters"],

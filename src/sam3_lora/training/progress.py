@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def append_event(logs: Path, kind: str, **values: Any) -> None:
 
 
 class ProgressReader:
-    """Turns the new lines of a progress file into calls of ``on_progress``.
+    """Turns the lines that a run adds to its progress file into calls of ``on_progress``.
+
+    Lines that are there already, of a part of the run that was stopped, are passed over.
 
     Attributes:
         start: What the run said of itself: ``epochs``, ``trainable_parameters``, ``total_parameters``.
@@ -46,7 +49,7 @@ class ProgressReader:
         self._on_progress = on_progress
         self._metrics: dict[str, float] = {}
         self._last_step: dict[str, Any] = {}
-        self._offset = 0
+        self._offset = self._path.stat().st_size if self._path.exists() else 0
 
     def read(self) -> None:
         """Report what has come since the last call."""
@@ -69,4 +72,5 @@ class ProgressReader:
             file.seek(self._offset)
             while (line := file.readline()).endswith("\n"):
                 self._offset = file.tell()
-                yield json.loads(line)
+                with suppress(json.JSONDecodeError):  # a line that a kill cut short runs into the next one
+                    yield json.loads(line)

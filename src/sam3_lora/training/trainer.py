@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from hydra.utils import instantiate
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
-from sam3_lora.errors import ConfigError, DataError, did_you_mean
+from sam3_lora.errors import CheckpointError, ConfigError, DataError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic
+from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
@@ -32,6 +34,10 @@ METRICS = {
 }
 
 
+# Parts of the official trainer's config that decide the result.
+_COMPARED_ON_RESUME = ("model", "data", "loss", "max_epochs", "val_epoch_freq", "gradient_accumulation_steps")
+
+
 class LoraTrainer(Trainer):
     """The official Trainer for a model with LoRA injected. Configs name it as ``trainer._target_``.
 
@@ -39,7 +45,9 @@ class LoraTrainer(Trainer):
 
     - ``adapters/epoch_N`` and ``adapters/last`` after every epoch, ``adapters/best`` when ``best_metric`` rises, in
       PEFT's format; the checkpoints hold the trainable parameters and the optimizer, not the base.
-    - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks.
+    - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks:
+      a run that is killed and started again ends with the same bytes. One that is started again with other data or
+      settings is refused.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works.
     - ``logs/progress.jsonl`` for programs that watch the run.
 
@@ -77,9 +85,13 @@ class LoraTrainer(Trainer):
         self._best_metric = best_metric
         self._adapter_freq = adapter_freq
         self._seed = seed_value
-        super().__init__(
-            accelerator=accelerator, seed_value=seed_value, optim=_resolve_amp(optim), **official
-        )
+        optim = _resolve_amp(optim)
+        self._settings = {
+            "seed": seed_value,
+            "optim": optim,
+            **{name: official.get(name) for name in _COMPARED_ON_RESUME},
+        }
+        super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
 
     def train_epoch(self, train_loader: Any) -> dict[str, Any]:
         if len(train_loader) == 0:
@@ -97,18 +109,38 @@ class LoraTrainer(Trainer):
         return result
 
     def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
-        super().save_checkpoint(epoch, checkpoint_names)
         if checkpoint_names is None and not self.skip_saving_ckpts:
             names = ["last"]
             if self._adapter_freq and int(epoch) % self._adapter_freq == 0:
                 names.append(f"epoch_{int(epoch)}")
+            # Before the checkpoint: a run that is killed in between repeats the epoch and writes the same again.
             self._save_adapters(names)
+        super().save_checkpoint(epoch, checkpoint_names)
 
     def _save_checkpoint(self, checkpoint: Mapping[str, Any], checkpoint_path: str) -> None:
         # The official one removes the old file before it renames the new one: a kill in between loses both.
         temporary = f"{checkpoint_path}.tmp"
-        torch.save(checkpoint, temporary)
+        with open(temporary, "wb") as file:
+            torch.save({**checkpoint, "run": self._fingerprint()}, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, checkpoint_path)
+
+    def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
+        try:
+            saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise CheckpointError(
+                f"{ckpt_path} is damaged; copy a whole one there, or delete it to train from the start ({error})"
+            ) from error
+        if changed := differences(saved.get("run", {}), self._fingerprint()):
+            raise ConfigError(
+                f"{ckpt_path} is of another run; undo the changes, or train into a new folder: {as_report(changed)}"
+            )
+        super()._load_resuming_checkpoint(ckpt_path)
+
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint_of_run({**self._settings, "processes": torch.distributed.get_world_size()})
 
     def _save_adapters(self, names: list[str]) -> None:
         if self.distributed_rank == 0:
