@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sam3_lora.data.check import check_dataset as check_dataset
     from sam3_lora.demo import run_demo as run_demo
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
+    from sam3_lora.inference import Prediction as Prediction
+    from sam3_lora.inference import Predictor as Predictor
     from sam3_lora.presets import PRESETS as PRESETS
     from sam3_lora.presets import Preset as Preset
     from sam3_lora.presets import get_preset as get_preset
@@ -35,6 +37,8 @@ __version__ = version("sam3-lora")
 # torch takes seconds to import: a name brings in its module when it is first used.
 _MODULES = {
     "PRESETS": "presets",
+    "Prediction": "inference",
+    "Predictor": "inference",
     "Preset": "presets",
     "Sam3LoraError": "errors",
     "TrainResult": "training.launch",

@@ -101,7 +101,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
         AdapterError: If the model has no adapter of that name.
         OutputError: If something else than an adapter is at ``folder``.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     config = copy.deepcopy(_config_of(inner, adapter_name))
     config.inference_mode = True  # as PEFT saves it: a loaded adapter is frozen unless asked for
     tensors = {
@@ -154,13 +154,36 @@ def load_adapter(
     return adapted if is_trainable else adapted.eval()
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the ``Sam3Image`` of a ``PeftModel``, or the model itself.
+
+    Attributes set on a ``PeftModel``, and its ``.to()``, do not reach what the inner model remembers.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    inner: nn.Module = model.get_base_model()
+    return inner
+
+
+def recorded_base(folder: str | Path) -> str:
+    """Return the name of the base model that a saved adapter was made for.
+
+    Raises:
+        AdapterError: If files are missing or damaged, or the base was not recorded.
+    """
+    config, _ = _read_adapter(Path(folder))
+    if not config.base_model_name_or_path:
+        raise AdapterError(f"{str(folder)!r} does not say which base it was made for; name it with base=")
+    return str(config.base_model_name_or_path)
+
+
 def adapted_modules(model: nn.Module) -> list[str]:
     """Return the official names of the modules that carry an adapter, in the order of the model.
 
     Args:
         model: A ``PeftModel``, or the model inside one; a model without adapters gives an empty list.
     """
-    return [name for name, module in _inner(model).named_modules() if isinstance(module, BaseTunerLayer)]
+    return [name for name, module in inner_model(model).named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -169,14 +192,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(
         sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
     )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """Return the ``Sam3Image`` of a ``PeftModel``, or the model itself."""
-    if not isinstance(model, PeftModel):
-        return model
-    inner: nn.Module = model.get_base_model()
-    return inner
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -241,7 +256,7 @@ def _wrap(
 
 def _check_wrapped(adapted: PeftModel, adapter_name: str, plan: Plan) -> None:
     """Compare what PEFT wrapped, and how strongly, with the plan."""
-    found = _strengths(_inner(adapted), adapter_name)
+    found = _strengths(inner_model(adapted), adapter_name)
     problems = [f"{name}: not wrapped" for name in plan.modules if name not in found]
     problems += [f"{name}: wrapped without being asked for" for name in found if name not in plan.modules]
     problems += [
@@ -271,7 +286,9 @@ def _config_of(inner: nn.Module, adapter_name: str) -> LoraConfig:
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return the adapter's tensors under the keys of PEFT's file format."""
     # "auto" would ask the Hub whether the base model's embeddings have been resized.
-    tensors = get_peft_model_state_dict(_inner(model), adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(
+        inner_model(model), adapter_name=adapter_name, save_embedding_layers=False
+    )
     return {_PREFIX + name: tensor for name, tensor in tensors.items()}
 
 

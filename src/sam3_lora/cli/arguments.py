@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any, NoReturn
 
 from sam3_lora.errors import did_you_mean
@@ -52,6 +53,38 @@ def rate(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, such as 1e-4, got {text!r}")
     return value
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1, both included."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {text!r}")
+    return value
+
+
+def prompt(text: str) -> str:
+    """Return the words without the spaces around them."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"needs words, such as 'red circle', got {text!r}")
+    return text.strip()
+
+
+def box_xyxy(text: str) -> tuple[float, ...]:
+    """Return the edges ``x0, y0, x1, y1`` of a box that is not empty."""
+    try:
+        x0, y0, x1, y1 = edges = tuple(map(float, text.split(",")))
+        fits = all(map(math.isfinite, edges)) and 0 <= x0 < x1 and 0 <= y0 < y1
+    except ValueError:
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(
+            f"needs x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1, such as 40,60,180,220, got {text!r}"
+        )
+    return edges
 
 
 def preset(text: str) -> str:

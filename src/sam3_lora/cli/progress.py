@@ -1,4 +1,4 @@
-"""Progress of a training run on standard error: a bar in a terminal, a line now and then elsewhere."""
+"""Progress of a command on standard error: a bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sam3_lora.training.progress import Progress
 
 Show = Callable[["Progress"], None]
+ShowCount = Callable[[int, int], None]
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_METRICS = ("bbox_AP50", "segm_AP50")
@@ -21,12 +22,26 @@ _SHOWN_METRICS = ("bbox_AP50", "segm_AP50")
 
 @contextmanager
 def progress_on_stderr() -> Iterator[Show]:
-    """Yield a function that shows one state of a run."""
+    """Yield a function that shows one state of a training run."""
     if sys.stderr.isatty():
-        with _bar() as show:
-            yield show
+        with _bar() as update:
+            yield lambda progress: update(describe(progress), fraction_done(progress))
     else:
         yield _Lines().show
+
+
+@contextmanager
+def count_on_stderr(what: str) -> Iterator[ShowCount]:
+    """Yield a function that shows how many of how many things are done.
+
+    Args:
+        what: The things, such as ``"images"``.
+    """
+    if sys.stderr.isatty():
+        with _bar() as update:
+            yield lambda done, total: update(f"{done}/{total} {what}", done / total)
+    else:
+        yield _CountLines(what).show
 
 
 def describe(progress: Progress) -> str:
@@ -46,7 +61,8 @@ def fraction_done(progress: Progress) -> float:
 
 
 @contextmanager
-def _bar() -> Iterator[Show]:
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """Yield a function that takes a description and the share that is done, 0 to 1."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -67,9 +83,7 @@ def _bar() -> Iterator[Show]:
     )
     with Bar(*columns, console=Console(stderr=True), expand=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda progress: bar.update(
-            task, description=describe(progress), completed=fraction_done(progress), total=1.0
-        )
+        yield lambda text, done: bar.update(task, description=text, completed=done, total=1.0)
 
 
 class _Lines:
@@ -90,3 +104,17 @@ class _Lines:
         done = fraction_done(progress)
         left = (now - self._start) / done * (1 - done)
         print(f"{describe(progress)}  {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+
+class _CountLines:
+    """Prints a line each ten seconds, and one for the last thing."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._last_time = float("-inf")
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last_time >= _SECONDS_BETWEEN_LINES:
+            self._last_time = now
+            print(f"{done}/{total} {self._what}", file=sys.stderr, flush=True)

@@ -1,11 +1,14 @@
-"""Image files: their size, and whether they are whole, mostly without decoding them."""
+"""Image files: their pixels; and their size, and whether they are whole, mostly without decoding them."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam3_lora.errors import DataError
 
@@ -24,22 +27,69 @@ def read_size_hw(path: Path) -> tuple[int, int]:
     Raises:
         DataError: If the file is missing, no image, or cut short.
     """
+    with _damage_reported(path), Image.open(path) as image:
+        width, height = image.size
+        if image.format == "PNG":
+            image.verify()  # the checksum of every chunk, up to the last
+        elif image.format not in ("JPEG", "MPO") or not _has_jpeg_end(path):
+            image.load()
+    return height, width
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Return the picture in a file in 8-bit RGB, upright: a rotation in its EXIF data is applied.
+
+    Of several frames it is the first. See :func:`to_rgb` for the pixels.
+
+    Raises:
+        DataError: If the file is missing, no image, or cut short.
+    """
+    path = Path(path)
+    with _damage_reported(path), Image.open(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image), str(path))
+
+
+def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """Return the image in 8-bit RGB, as the official training data loader does (``sam3_image_dataset.py:219``): alpha
+    is left out, and colours below it show.
+
+    Unlike there, 16 bits are scaled to 8 rather than clipped to white: 65535 becomes 255, and 1.0 of a float image.
+
+    Raises:
+        DataError: If the values of an integer image leave 0 to 65535, or those of a float image 0 to 1.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _scaled_to_8_bits(image, name).convert("RGB")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # from a palette straight to RGB, Pillow warns
+    return image.convert("RGB")
+
+
+def _scaled_to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    values, white = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= white):  # NaN fails as well
+        raise DataError(
+            f"{name} has pixel values from {low:g} to {high:g}; scale them to 0 to {white:g}, or save it with 8 bits"
+        )
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    """Turn what Pillow raises for a file into a ``DataError`` that names it."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.format == "PNG":
-                image.verify()  # the checksum of every chunk, up to the last
-            elif image.format not in ("JPEG", "MPO") or not _has_jpeg_end(path):
-                image.load()
+        yield
     except FileNotFoundError as error:
         raise DataError(f"no file {path}") from error
     except UnidentifiedImageError as error:
         raise DataError(
             f"{path} is empty" if not path.stat().st_size else f"{path} is not an image"
         ) from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except _DAMAGE as error:
         raise DataError(f"{path} is damaged: {error}") from error
-    return height, width
 
 
 def _has_jpeg_end(path: Path) -> bool:

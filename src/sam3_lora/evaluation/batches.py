@@ -15,6 +15,7 @@ from PIL import Image
 
 from sam3_lora.base.cpu import provide_triton
 from sam3_lora.errors import DataError
+from sam3_lora.inference import eval_mode
 
 provide_triton()
 
@@ -124,19 +125,16 @@ def check_all_read(dataset: Any, seen: Mapping[int, int]) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: Sam3Image) -> Iterator[None]:
-    """Put the model in eval mode, and each of its modules back into its own mode afterwards.
+    """Put the model in eval mode for a while.
 
     Python's random state comes back too: the official resize draws from it even when there is one size only.
     """
-    modes = [(module, module.training) for module in model.modules()]
     state = random.getstate()
-    model.eval()
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         random.setstate(state)
-        for module, training in modes:
-            module.training = training
 
 
 def silence() -> contextlib.redirect_stdout[io.StringIO]:
