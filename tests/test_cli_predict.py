@@ -18,7 +18,7 @@ from sam3_lora.errors import DataError
 from sam3_lora.inference import Predictor
 from sam3_lora.output import claim_output
 
-TINY = ["--base", "tiny", "--threshold", "0.02"]
+TINY = ["--base", "tiny", "--threshold", "0"]
 CIRCLE = ["--prompt", "red circle"]
 
 
@@ -51,7 +51,7 @@ def test_predictions_can_be_read_by_pycocotools_and_are_those_of_the_predictor(c
     results = truth.loadRes("out/predictions.json")
     assert [truth.imgs[1]["file_name"], truth.imgs[2]["width"], truth.imgs[2]["height"]] == ["a.png", 30, 90]
     assert {i: c["name"] for i, c in truth.cats.items()} == {1: "red circle", 2: "star"}
-    predictor = Predictor(load_base("tiny"), threshold=0.02)
+    predictor = Predictor(load_base("tiny"), threshold=0)
     for image_id, file in enumerate(files, 1):
         for category_id, expected in enumerate(predictor.predict(file, ["red circle", "star"]), 1):
             found = results.loadAnns(results.getAnnIds(imgIds=[image_id], catIds=[category_id]))

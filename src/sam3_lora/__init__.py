@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.launch import TrainResult as TrainResult
     from sam3_lora.training.launch import TrainSettings as TrainSettings
+    from sam3_lora.training.launch import resume as resume
     from sam3_lora.training.launch import train as train
 
 __version__ = version("sam3-lora")
@@ -52,6 +53,7 @@ _MODULES = {
     "get_preset": "presets",
     "load_adapter": "adapter",
     "load_base": "base.loading",
+    "resume": "training.launch",
     "run_demo": "demo",
     "save_adapter": "adapter",
     "split_attention": "attention",

@@ -14,10 +14,7 @@ _CARD = """\
 ---
 {base_metadata}library_name: peft
 pipeline_tag: image-segmentation
-license: other
-license_name: sam-license
-license_link: https://github.com/facebookresearch/sam3/blob/main/LICENSE
-tags:
+{license_metadata}tags:
 {base_tag}- lora
 - sam3
 ---
@@ -46,9 +43,20 @@ Or with PEFT alone, on a base whose attention is split:
 
 ## License
 
-This adapter holds none of the base model's weights and works only with them. SAM3 and its weights are
-Meta's, under the [SAM License](https://github.com/facebookresearch/sam3/blob/main/LICENSE).
+{license_text}
 """
+
+_SAM_LICENSE_METADATA = """\
+license: other
+license_name: sam-license
+license_link: https://github.com/facebookresearch/sam3/blob/main/LICENSE
+"""
+_SAM_LICENSE = """\
+This adapter holds none of the base model's weights and works only with them. SAM3 and its weights are
+Meta's, under the [SAM License](https://github.com/facebookresearch/sam3/blob/main/LICENSE)."""
+_TINY_LICENSE = """\
+This adapter works only with the tiny base of sam3-lora, which was trained from scratch and holds none of Meta's
+weights: Apache-2.0, like the library."""
 
 
 def model_card(
@@ -68,7 +76,10 @@ def model_card(
         f"| {component} | {kind} | {count} | {strength.r} | {strength.lora_alpha:g} |"
         for (component, kind, strength), count in groups.items()
     ]
+    on_tiny = base_model == "tiny"
     return _CARD.format(
+        license_metadata="license: apache-2.0\n" if on_tiny else _SAM_LICENSE_METADATA,
+        license_text=_TINY_LICENSE if on_tiny else _SAM_LICENSE,
         base_metadata=f"base_model: {base_model}\n" if on_hub else "",
         base_tag=f"- base_model:adapter:{base_model}\n" if on_hub else "",
         base=f"`{base_model}`" if base_model else "not recorded",

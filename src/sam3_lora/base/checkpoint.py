@@ -62,8 +62,8 @@ def find_checkpoint(base: str) -> Path | None:
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
         return hub_checkpoint(base)
     raise CheckpointError(
-        f"unknown base {base!r}{did_you_mean(base, BASES)}. A base is one of {', '.join(BASES)}, "
-        f"a Hub repository, or the path of a {CHECKPOINT_FILE}"
+        f"unknown base {base!r}{did_you_mean(base, BASES)} (a base is one of {', '.join(BASES)}, "
+        f"a Hub repository, or the path of a {CHECKPOINT_FILE})"
     )
 
 

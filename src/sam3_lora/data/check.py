@@ -104,7 +104,7 @@ class DatasetSummary:
     splits: Mapping[str, SplitSummary]
 
 
-def check_dataset(folder: Path, splits: Sequence[str] = ("train", "valid")) -> DatasetSummary:
+def check_dataset(folder: str | Path, splits: Sequence[str] = ("train", "valid")) -> DatasetSummary:
     """Return what the dataset holds, once every file and every annotation is found usable.
 
     Image files are opened, but decoded only where they look damaged.
@@ -112,6 +112,7 @@ def check_dataset(folder: Path, splits: Sequence[str] = ("train", "valid")) -> D
     Raises:
         DataError: With all problems at once: how many of each kind, the first places, and what to do.
     """
+    folder = Path(folder)
     found = Findings()
     read = _read_splits(folder, splits, found)
     for name, split in read.items():

@@ -50,7 +50,7 @@ class TrainSettings:
         config: Any other keys of the config by dotted name, such as ``{"training.weight_decay": 0.01}``.
     """
 
-    data: Path
+    data: Path  # a str is turned into one
     output: Path
     preset: str = "balanced"
     base: str = DEFAULT
@@ -64,6 +64,8 @@ class TrainSettings:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("data", "output"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
         problems = [
             f"{name} must be {least} or more, got {value!r}"
             for name, value, least in (
@@ -115,7 +117,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
 
 
 def resume(
-    output: Path, expected: Mapping[str, Any] | None = None, on_progress: OnProgress | None = None
+    output: str | Path, expected: Mapping[str, Any] | None = None, on_progress: OnProgress | None = None
 ) -> TrainResult:
     """Go on with a run of :func:`train` that was stopped, however that happened, and wait for its end.
 
@@ -133,6 +135,7 @@ def resume(
         TrainingError: If the official script fails, also if data or settings are not what the checkpoint was made
             with; lists what differs.
     """
+    output = Path(output)
     run_file = output.resolve() / RUN_FILE
     if not run_file.is_file():
         raise OutputError(f"{output} holds no run to go on with: there is no {RUN_FILE!r} in it")

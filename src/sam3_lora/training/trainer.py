@@ -73,8 +73,8 @@ class LoraTrainer(Trainer):
     ) -> None:
         if best_metric is not None and best_metric not in METRICS:
             raise ConfigError(
-                f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)}. "
-                f"Metrics: {', '.join(METRICS)}"
+                f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
+                f"(metrics are {', '.join(METRICS)})"
             )
         enable_cpu_training()
         if prepare is not None:
@@ -148,11 +148,11 @@ class LoraTrainer(Trainer):
                 save_adapter(unwrap_ddp_if_wrapped(self.model), self._adapter_dir / name)
 
     def _setup_components(self) -> None:
-        if self.distributed_rank == 0:
+        super()._setup_components()
+        if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(Path(self.logging_conf.log_dir) / "train.log")
             log.setFormatter(logging.Formatter("%(levelname)s %(asctime)s: %(message)s"))
             logging.root.addHandler(log)
-        super()._setup_components()
         trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
         # The official way to keep the base out of checkpoints; the builder loads it again at every start.
         self.checkpoint_conf.skip_saving_parameters = [
