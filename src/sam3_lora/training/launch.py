@@ -275,10 +275,10 @@ def run_official_script(
             if process.poll() is None:
                 _stop(process)
     if process.returncode != 0:
-        raise TrainingError(
-            f"the official training script ended with exit code {process.returncode}: "
-            f"{_last_error(logs / CONSOLE_LOG)}. All of its output: {logs / CONSOLE_LOG}"
+        cause = progress.error or (
+            f"the official training script ended with exit code {process.returncode}: {_last_error(logs / CONSOLE_LOG)}"
         )
+        raise TrainingError(f"{cause}\nAll output of the script: {logs / CONSOLE_LOG}")
     return _result(output, progress)
 
 

@@ -41,10 +41,12 @@ class ProgressReader:
 
     Attributes:
         start: What the run said of itself: ``epochs``, ``trainable_parameters``, ``total_parameters``.
+        error: Text of the library's own error that ended the run, or ``""``.
     """
 
     def __init__(self, logs: Path, on_progress: OnProgress | None) -> None:
         self.start: dict[str, Any] = {}
+        self.error = ""
         self._path = logs / PROGRESS_FILE
         self._on_progress = on_progress
         self._metrics: dict[str, float] = {}
@@ -57,7 +59,11 @@ class ProgressReader:
             kind = event.pop("event")
             if kind == "start":
                 self.start = event
-            elif kind == "step":
+                continue
+            if kind == "error":
+                self.error = event["message"]
+                continue
+            if kind == "step":
                 self._last_step = event
             else:
                 self._metrics = {name: value for name, value in event.items() if name != "epoch"}

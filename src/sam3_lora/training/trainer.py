@@ -6,7 +6,8 @@ import logging
 import os
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hydra.utils import instantiate
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
-from sam3_lora.errors import CheckpointError, ConfigError, DataError, as_report, did_you_mean
+from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
@@ -77,6 +78,7 @@ class LoraTrainer(Trainer):
                 f"(metrics are {', '.join(METRICS)})"
             )
         enable_cpu_training()
+        self._logs = Path(official["logging"]["log_dir"])
         if prepare is not None:
             instantiate(prepare)
         if accelerator == "auto":
@@ -91,7 +93,12 @@ class LoraTrainer(Trainer):
             "optim": optim,
             **{name: official.get(name) for name in _COMPARED_ON_RESUME},
         }
-        super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
+        with _own_errors_reported(self._logs):
+            super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
+
+    def run(self) -> None:
+        with _own_errors_reported(self._logs):
+            super().run()
 
     def train_epoch(self, train_loader: Any) -> dict[str, Any]:
         if len(train_loader) == 0:
@@ -150,7 +157,7 @@ class LoraTrainer(Trainer):
     def _setup_components(self) -> None:
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
-            log = logging.FileHandler(Path(self.logging_conf.log_dir) / "train.log")
+            log = logging.FileHandler(self._logs / "train.log")
             log.setFormatter(logging.Formatter("%(levelname)s %(asctime)s: %(message)s"))
             logging.root.addHandler(log)
         trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -197,11 +204,26 @@ class LoraTrainer(Trainer):
         self.best_meter_values["best_epoch"] = int(self.epoch) + 1
         self._save_adapters(["best"])
         best = {"epoch": int(self.epoch) + 1, "best_metric": self._best_metric, **metrics}
-        write_json_atomic(Path(self.logging_conf.log_dir) / BEST_METRICS_FILE, best)
+        write_json_atomic(self._logs / BEST_METRICS_FILE, best)
 
     def _report(self, kind: str, **values: Any) -> None:
         if self.distributed_rank == 0:
-            append_event(Path(self.logging_conf.log_dir), kind, **values)
+            append_event(self._logs, kind, **values)
+
+
+@contextmanager
+def _own_errors_reported(logs: Path) -> Iterator[None]:
+    """Put the text of an error of this library into the progress file: Hydra and DDP wrap it beyond recognition."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, Sam3LoraError):
+            cause = cause.__cause__
+        if cause is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+            append_event(logs, "error", message=str(cause))
+        raise
 
 
 def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
