@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py --run-dir runs/pretrain
 
-One core, about 50 CPU minutes. Everything follows from ``--seed``: each step draws its images and prompts from
+One core, 55 CPU minutes. Everything follows from ``--seed``: each step draws its images and prompts from
 (seed, step), so that a killed run goes on from its last checkpoint exactly as if it had not been killed; call the
 same command again. ``scripts/check_tiny.py`` measures the result.
 
-The recipe, each part of it measured to matter: initial values that make the boxes settle (see
-``sam3_lora.base.tiny``), a curriculum of plain and then busy images and of four and then all twelve concepts, every
-image drawn anew, masks only in the second half (they double the price of a step), one or two prompts of random words
-an image as negatives, so that an unknown word means "absent", and a frozen token table.
+The recipe: initial values that make the boxes settle (see ``sam3_lora.base.tiny``), a curriculum of plain and then
+busy images and of four and then all twelve concepts, every image drawn anew, masks only in the second half (they
+double the price of a step), one or two prompts of random words an image as negatives, so that an unknown word means
+"absent", and a frozen token table.
 """
 
 from __future__ import annotations
