@@ -13,7 +13,7 @@ QUIET  := $(if $(CI),--quiet)
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv setup demo test test-slow test-full test-packaging check pretrain clean
+.PHONY: help venv setup demo test test-slow test-full test-packaging test-browser check pretrain clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -56,6 +56,9 @@ test-full: setup ## run the tests on the full-size model, one at a time (several
 
 test-packaging: setup ## build the source archive and the wheel, and test them installed
 	@$(BIN)/python -m pytest -m packaging $(ARGS)
+
+test-browser: setup ## look at a report in headless Chromium, light and dark (Debian: apt install chromium)
+	@$(BIN)/python -m pytest -m browser $(ARGS)
 
 check: setup ## everything to run before a commit: format, lint, types, layers, tests, build
 	@scripts/check $(ARGS)

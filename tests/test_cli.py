@@ -108,12 +108,13 @@ class Launch:
             metrics={"bbox_AP50": 0.8123, "segm_AP50": 0.7},
             trainable_parameters=4_128_768,
             total_parameters=840_000_000,
+            report=Path("runs/my run/report.html") if settings.report else None,
         )
 
 
 @pytest.fixture
 def launch(monkeypatch):
-    from sam3_lora.training import launch as real
+    from sam3_lora import finetune as real
 
     def stand_in(**options):
         fake = Launch(**options)
@@ -183,8 +184,16 @@ def test_train_ends_with_a_table_and_what_to_do_next(launch, capsys):
     assert "bbox AP50" in output
     assert "0.812" in output
     assert "Trained  4,128,768 of 840,000,000 parameters (0.49%)" in output
+    assert "Report   runs/my run/report.html" in output
     assert "Curves   tensorboard --logdir 'runs/my run/tensorboard'" in output
     assert "sam3_lora.load_adapter(sam3_lora.load_base('tiny'), 'runs/my run/adapters/best')" in output
+
+
+def test_no_report_is_printed_where_none_is_made(launch, capsys):
+    fake = launch()
+    assert main([*TRAIN, "--no-report"]) == 0
+    assert fake.settings.report is False
+    assert "Report" not in capsys.readouterr().out
 
 
 def test_json_is_all_that_goes_to_standard_output(launch, capsys):
@@ -197,6 +206,7 @@ def test_json_is_all_that_goes_to_standard_output(launch, capsys):
         "metrics": {"bbox_AP50": 0.8123, "segm_AP50": 0.7},
         "trainable_parameters": 4_128_768,
         "total_parameters": 840_000_000,
+        "report": "runs/my run/report.html",
     }
     assert "epoch 1/2  step 1/4  loss 1" in captured.err
 
@@ -236,7 +246,7 @@ def test_warnings_of_torch_and_sam3_are_hidden_and_others_are_not(launch, monkey
         return fake.train(settings, on_progress)
 
     monkeypatch.setattr(sys, "warnoptions", [])
-    monkeypatch.setattr("sam3_lora.training.launch.train", train_with_warnings)
+    monkeypatch.setattr("sam3_lora.finetune.train", train_with_warnings)
     assert main(TRAIN) == 0
     assert [str(warning.message) for warning in recwarn] == ["my_plugin"]
 

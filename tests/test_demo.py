@@ -48,6 +48,11 @@ class TestDemo:
     def test_it_takes_less_than_five_minutes_of_cpu_time(self, demo):
         assert 10 < demo[1]["cpu_seconds"] < 300
 
+    def test_it_leaves_a_report_with_the_same_metrics(self, demo):
+        text = (demo[0] / "report.html").read_text(encoding="utf-8")
+        assert f"{demo[1]['adapter']['segm_AP50']:.3f}</strong>" in text
+        assert text.count("<img ") == 27
+
     def test_it_leaves_metrics_and_a_picture(self, demo):
         assert json.loads((demo[0] / "metrics.json").read_text()) == demo[1]
         with Image.open(demo[0] / "before_after.png") as sheet:

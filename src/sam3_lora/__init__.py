@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sam3_lora.data.check import check_dataset as check_dataset
     from sam3_lora.demo import run_demo as run_demo
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
+    from sam3_lora.finetune import resume as resume
+    from sam3_lora.finetune import train as train
     from sam3_lora.inference import Prediction as Prediction
     from sam3_lora.inference import Predictor as Predictor
     from sam3_lora.presets import PRESETS as PRESETS
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.launch import TrainResult as TrainResult
     from sam3_lora.training.launch import TrainSettings as TrainSettings
-    from sam3_lora.training.launch import resume as resume
-    from sam3_lora.training.launch import train as train
 
 __version__ = version("sam3-lora")
 
@@ -53,11 +53,11 @@ _MODULES = {
     "get_preset": "presets",
     "load_adapter": "adapter",
     "load_base": "base.loading",
-    "resume": "training.launch",
+    "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",
     "split_attention": "attention",
-    "train": "training.launch",
+    "train": "finetune",
 }
 
 __all__ = [*_MODULES]

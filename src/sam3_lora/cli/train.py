@@ -67,19 +67,26 @@ def add_options(parser: arguments.Parser) -> None:
         help="change one thing of the preset (r=16, use_dora=true) or of the config by its dotted name "
         "(training.weight_decay=0.01); may be repeated",
     )
+    add(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="end without report.html, for which the base is evaluated once on valid/",
+    )
     add("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=_train)
 
 
 def _train(args: argparse.Namespace) -> None:
     from sam3_lora.cli.progress import progress_on_stderr
-    from sam3_lora.training.launch import TrainSettings, resume, train
+    from sam3_lora.finetune import resume, train
+    from sam3_lora.training.launch import TrainSettings
 
     if args.resume is not None:
         _refuse_beside_resume(args)
         expected = {key: value for key, value in _config_keys(args).items() if value is not None}
         with progress_on_stderr() as show:
-            result = resume(args.resume, expected, on_progress=show)
+            result = resume(args.resume, expected, on_progress=show, report=args.report)
     else:
         missing = [f"--{name}" for name in ("data", "output") if getattr(args, name) is None]
         if missing:
@@ -88,6 +95,7 @@ def _train(args: argparse.Namespace) -> None:
         settings = TrainSettings(
             **given,
             overwrite=args.overwrite,
+            report=args.report,
             overrides={key: value for key, value in args.set if "." not in key},
             config={key: value for key, value in args.set if "." in key},
         )
@@ -129,15 +137,18 @@ def _print_result(result: TrainResult, as_json: bool) -> None:
                 "metrics": dict(result.metrics),
                 "trainable_parameters": result.trainable_parameters,
                 "total_parameters": result.total_parameters,
+                "report": None if result.report is None else str(result.report),
             }
         )
         return
     adapter, logs = tables.short_path(result.adapter), tables.short_path(result.output / "tensorboard")
     tables.print_metrics("Best adapter on valid/", {"adapter": result.metrics})
+    report = {} if result.report is None else {"Report": tables.short_path(result.report)}
     tables.print_facts(
         {
             "Trained": tables.share_of_parameters(result.trainable_parameters, result.total_parameters),
             "Adapter": adapter,
+            **report,
             "Curves": f"tensorboard --logdir {shlex.quote(logs)}",
             "Python": f"sam3_lora.load_adapter(sam3_lora.load_base({result.base!r}), {adapter!r})",
         }

@@ -46,6 +46,7 @@ class TrainSettings:
         seed: Of everything random in the run.
         num_gpus: Processes on this machine; without CUDA they run on the CPU.
         overwrite: Replace what is in ``output``.
+        report: Whether :func:`sam3_lora.train` ends with ``report.html``, for which the base is evaluated on ``valid/``.
         overrides: Keywords of :func:`sam3_lora.get_peft_sam3` that replace parts of the preset.
         config: Any other keys of the config by dotted name, such as ``{"training.weight_decay": 0.01}``.
     """
@@ -60,6 +61,7 @@ class TrainSettings:
     seed: int = 0
     num_gpus: int = 1
     overwrite: bool = False
+    report: bool = True
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,8 +86,8 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its folder, its best adapter with the base it is for and its metrics on ``valid/``, and
-    parameter counts."""
+    """What a run left: its folder, its best adapter with the base it is for and its metrics on ``valid/``, parameter
+    counts, and the report if one was made."""
 
     output: Path
     adapter: Path
@@ -93,19 +95,11 @@ class TrainResult:
     metrics: Mapping[str, float]
     trainable_parameters: int
     total_parameters: int
+    report: Path | None = None
 
 
 def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
-    """Train an adapter with the official script, in a process of its own, and wait for it.
-
-    Leaves in ``settings.output``: ``run.yaml`` (what was started), the official ``config.yaml`` and
-    ``config_resolved.yaml``, ``checkpoints/``, ``adapters/{epoch_N,last,best}/``, ``logs/``, ``tensorboard/``,
-    ``dumps/``. An interrupt stops the script too.
-
-    Raises:
-        Sam3LoraError: For a bad dataset, setting, base or output folder, before anything is written; or with the
-            script's own error when it fails.
-    """
+    """Do what :func:`sam3_lora.train` does, but for the report."""
     check_settings(settings)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
     check_dataset(settings.data)
@@ -119,22 +113,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
 def resume(
     output: str | Path, expected: Mapping[str, Any] | None = None, on_progress: OnProgress | None = None
 ) -> TrainResult:
-    """Go on with a run of :func:`train` that was stopped, however that happened, and wait for its end.
-
-    The run starts again after its last whole epoch and ends with the same bytes as if it had not been stopped. One
-    that is finished is only validated again.
-
-    Args:
-        output: The run folder.
-        expected: Config keys by dotted name that the run must have been started with.
-        on_progress: As for :func:`train`.
-
-    Raises:
-        OutputError: If there is no run in ``output``.
-        ConfigError: If the run was started with other values than ``expected``; lists all of them.
-        TrainingError: If the official script fails, also if data or settings are not what the checkpoint was made
-            with; lists what differs.
-    """
+    """Do what :func:`sam3_lora.resume` does, but for the report."""
     output = Path(output)
     run_file = output.resolve() / RUN_FILE
     if not run_file.is_file():

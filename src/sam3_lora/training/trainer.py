@@ -18,12 +18,13 @@ from hydra.utils import instantiate
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
-from sam3_lora.output import write_json_atomic
+from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
 
+from sam3.eval.coco_writer import PredictionDumper  # noqa: E402
 from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
 
 #: Our name of a metric -> the official trainer's. ``valid`` is the dict_key of the validation batches.
@@ -33,6 +34,9 @@ METRICS = {
     "segm_AP": "Meters_train/val_valid/segm/coco_eval_segm_AP",
     "segm_AP50": "Meters_train/val_valid/segm/coco_eval_segm_AP_50",
 }
+
+#: Beside the dumps of the last validation: those of the validation after which the best adapter was saved.
+BEST_DUMPS = "best"
 
 
 # Parts of the official trainer's config that decide the result.
@@ -50,6 +54,7 @@ class LoraTrainer(Trainer):
       a run that is killed and started again ends with the same bytes. One that is started again with other data or
       settings is refused.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works.
+    - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
     - ``logs/progress.jsonl`` for programs that watch the run.
 
     Args:
@@ -167,13 +172,15 @@ class LoraTrainer(Trainer):
         ]
         self.checkpoint_conf.initialize_after_preemption = True
         count = count_parameters(self.model)
+        modules = len(adapted_modules(self.model))
         logging.info(
-            f"Adapted {len(adapted_modules(self.model))} modules. Parameters: {count.total:,} in total, "
+            f"Adapted {modules} modules. Parameters: {count.total:,} in total, "
             f"{count.trainable:,} trainable ({count.trainable / count.total:.3%})"
         )
         self._report(
             "start",
             epochs=self.max_epochs,
+            adapted_modules=modules,
             trainable_parameters=count.trainable,
             total_parameters=count.total,
         )
@@ -205,6 +212,16 @@ class LoraTrainer(Trainer):
         self._save_adapters(["best"])
         best = {"epoch": int(self.epoch) + 1, "best_metric": self._best_metric, **metrics}
         write_json_atomic(self._logs / BEST_METRICS_FILE, best)
+        self._keep_dumps()
+
+    def _keep_dumps(self) -> None:
+        for meter in self.meters["val"]["valid"].values():
+            if not isinstance(meter, PredictionDumper) or not meter.merge_predictions:
+                continue
+            dump = Path(meter.dump_dir, f"coco_predictions_{meter.iou_type}.json")
+            kept = dump.parents[1] / BEST_DUMPS / dump.name
+            kept.parent.mkdir(exist_ok=True)
+            write_text_atomic(kept, dump.read_text(encoding="utf-8"))
 
     def _report(self, kind: str, **values: Any) -> None:
         if self.distributed_rank == 0:

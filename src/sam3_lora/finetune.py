@@ -1,0 +1,67 @@
+"""From a dataset to an adapter and the report on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sam3_lora.errors import Sam3LoraError
+from sam3_lora.training import launch
+from sam3_lora.training.launch import TrainResult, TrainSettings
+from sam3_lora.training.progress import OnProgress
+
+
+def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
+    """Train an adapter with the official script, in a process of its own, wait for it, and report on it.
+
+    Leaves in ``settings.output``: ``run.yaml`` (what was started), the official ``config.yaml`` and
+    ``config_resolved.yaml``, ``checkpoints/``, ``adapters/{epoch_N,last,best}/``, ``logs/``, ``tensorboard/``,
+    ``dumps/`` and, unless ``settings.report`` is off, ``report.html``. An interrupt stops the script too. A report that
+    cannot be written is a warning, because the adapter is there.
+
+    Raises:
+        Sam3LoraError: For a bad dataset, setting, base or output folder, before anything is written; or with the
+            script's own error when it fails.
+    """
+    result = launch.train(settings, on_progress)
+    return _with_report(result) if settings.report else result
+
+
+def resume(
+    output: str | Path,
+    expected: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+    report: bool = True,
+) -> TrainResult:
+    """Go on with a run of :func:`train` that was stopped, however that happened, wait for its end, and report on it.
+
+    The run starts again after its last whole epoch and ends with the same bytes as if it had not been stopped. One
+    that is finished is only validated again.
+
+    Args:
+        output: The run folder.
+        expected: Config keys by dotted name that the run must have been started with.
+        on_progress: As for :func:`train`.
+        report: Whether to write ``report.html``.
+
+    Raises:
+        OutputError: If there is no run in ``output``.
+        ConfigError: If the run was started with other values than ``expected``; lists all of them.
+        TrainingError: If the official script fails, also if data or settings are not what the checkpoint was made
+            with; lists what differs.
+    """
+    result = launch.resume(output, expected, on_progress)
+    return _with_report(result) if report else result
+
+
+def _with_report(result: TrainResult) -> TrainResult:
+    from sam3_lora.report import report_of_run  # torch loads here, not before the data are checked
+
+    try:
+        return replace(result, report=report_of_run(result.output))
+    except (Sam3LoraError, OSError, RuntimeError) as error:  # RuntimeError: torch, when memory runs out
+        warnings.warn(f"the adapter is complete, but there is no report: {error}", stacklevel=3)
+        return result

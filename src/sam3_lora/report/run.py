@@ -1,0 +1,169 @@
+"""The report of a run folder. What the run has measured is read; only the base is measured once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from sam3_lora.adapter import WEIGHTS_FILE
+from sam3_lora.base.loading import load_base
+from sam3_lora.data.coco import ANNOTATION_FILE, Split, read_split
+from sam3_lora.evaluation.metrics import CocoResult, evaluate_split
+from sam3_lora.report.history import History, ReportError, read_history
+from sam3_lora.report.page import write_report
+from sam3_lora.report.pictures import choose_pictures
+from sam3_lora.training.progress import BEST_METRICS_FILE
+from sam3_lora.training.trainer import BEST_DUMPS, METRICS
+
+REPORT_FILE = "report.html"
+
+_SHOWN_PROMPTS = 12
+_BASE_NOTE = "base: measured after the training, on the same images and with the same settings as the validations of the run."
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model reached on ``valid/``: the numbers of a column, its COCO results, and how they came about."""
+
+    metrics: Mapping[str, float]
+    predictions: Sequence[CocoResult] = field(repr=False)
+    note: str = ""
+
+
+def report_of_run(
+    run_folder: str | Path,
+    dataset: str | Path | None = None,
+    *,
+    title: str | None = None,
+    models: Mapping[str, Measured] | None = None,
+) -> Path:
+    """Write ``report.html`` into a finished run and return its path.
+
+    Args:
+        run_folder: The output folder of ``train`` or ``demo``.
+        dataset: Where the dataset is now; by default where it was trained from.
+        title: Heading; by default one with the name of the folder.
+        models: Column -> what it reached, the base first. By default "adapter" is the validation after which the run
+            saved its best adapter, and "base" is measured now, which takes as long as one validation.
+
+    Raises:
+        ReportError: If the folder holds no finished run.
+        DataError: If the dataset is not there any more.
+    """
+    run_folder = Path(run_folder)
+    history = read_history(run_folder)
+    config = _config(run_folder)
+    dataset = Path(dataset or config["paths"]["dataset_root"])
+    train, valid = read_split(dataset / "train"), read_split(dataset / "valid")
+    if models is None:
+        adapter = _best_validation(run_folder, history)  # first: it is the one that may be missing
+        models = {"base": _measure_base(config, valid), "adapter": adapter}
+    return write_report(
+        run_folder / REPORT_FILE,
+        title=title or f"Training run “{run_folder.resolve().name}”",
+        facts=_facts(config, history, train, valid, run_folder),
+        metrics={column: model.metrics for column, model in models.items()},
+        history=history,
+        pictures=choose_pictures(
+            valid.folder / ANNOTATION_FILE,
+            valid.folder,
+            {column: model.predictions for column, model in models.items()},
+        ),
+        notes=[model.note for model in models.values() if model.note],
+    )
+
+
+def _config(run_folder: Path) -> dict[str, Any]:
+    path = run_folder / "config_resolved.yaml"
+    if not path.is_file():
+        raise ReportError(f"no {path.name} in {run_folder}; give the folder that 'train' or 'demo' filled")
+    config: Any = OmegaConf.to_container(OmegaConf.load(path))
+    if missing := [key for key in ("paths", "base", "adapter", "training") if key not in config]:
+        raise ReportError(
+            f"{path} has no {', '.join(missing)}: it is not built on one of the sam3_lora configs"
+        )
+    return dict(config)
+
+
+def _best_validation(run_folder: Path, history: History) -> Measured:
+    """Return what the trainer measured when it saved ``adapters/best``; other dumps are of its last validation."""
+    metrics_file = run_folder / "logs" / BEST_METRICS_FILE
+    predictions = run_folder / "dumps" / BEST_DUMPS / "coco_predictions_segm.json"
+    if not metrics_file.is_file() or not predictions.is_file():
+        raise ReportError(
+            f"{run_folder} has no best adapter with its predictions: the run ended before its first validation, or "
+            "was made by an older sam3-lora"
+        )
+    metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
+    return Measured(
+        {name: metrics[name] for name in METRICS if name in metrics},
+        json.loads(predictions.read_text(encoding="utf-8")),
+        f"adapter: measured by the run itself, in the validation after epoch {history.best_epoch}, when adapters/best "
+        f"was saved. That epoch was chosen on these images, so new images may be found a little less well.",
+    )
+
+
+def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
+    base, cuda = config["base"], torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    model = load_base(base["name"], device=device)
+    mixed = cuda and config["training"]["amp"] is not False  # as the trainer resolves "auto"
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+        result = evaluate_split(
+            model,
+            valid.folder,
+            valid.annotation_file,
+            resolution=base["resolution"],
+            batch_size=config["training"]["batch_size"],
+            device=device,
+        )
+    metrics = {name: value for name, value in result.as_dict().items() if name in METRICS}
+    return Measured(metrics, result.predictions, _BASE_NOTE)
+
+
+def _facts(
+    config: Mapping[str, Any], history: History, train: Split, valid: Split, run_folder: Path
+) -> dict[str, str]:
+    adapter, training, start = config["adapter"], config["training"], history.start or {}
+    changes = ", ".join(f"{name} = {value}" for name, value in adapter["overrides"].items())
+    trainable, total = start["trainable_parameters"], start["total_parameters"]
+    epochs = f"{len(history.metrics)} of {start['epochs']}"
+    if history.best_epoch is not None:
+        epochs += f", best after {history.best_epoch} (by {history.best_metric})"
+    facts = {
+        "Preset": adapter["preset"] + (f", with {changes}" if changes else ""),
+        "Base model": config["base"]["name"],
+        "Adapted modules": f"{start['adapted_modules']:,}" if "adapted_modules" in start else "not recorded",
+        "Trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
+        "Adapter on disk": _size(run_folder / "adapters" / "best" / WEIGHTS_FILE),
+        "Training data": _amount(train),
+        "Validation data": _amount(valid),
+        "Epochs": epochs,
+        "Learning rate": f"{training['lr']:g}",
+        "Images per step": f"{training['batch_size'] * training['gradient_accumulation_steps']:,} on each process",
+        "Seed": str(training["seed"]),
+        "Prompts": _prompts(valid.prompts),
+    }
+    return facts
+
+
+def _size(file: Path) -> str:
+    if not file.is_file():
+        return "not there"
+    size = file.stat().st_size
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
+
+
+def _amount(split: Split) -> str:
+    return f"{len(split.images):,} images, {sum(split.objects_per_prompt.values()):,} objects"
+
+
+def _prompts(prompts: Sequence[str]) -> str:
+    more = len(prompts) - _SHOWN_PROMPTS
+    return ", ".join(prompts[:_SHOWN_PROMPTS]) + (f" and {more:,} more" if more > 0 else "")
