@@ -51,6 +51,7 @@ def start_and_kill(arguments, when):
     )
     while process.poll() is None and not when():
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # so that it starts nothing between the two kills
     # The official script has a session of its own, which a SIGKILL to its parent does not reach.
     subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
     process.send_signal(signal.SIGKILL)
