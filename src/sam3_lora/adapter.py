@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +154,19 @@ def load_adapter(
     return adapted if is_trainable else adapted.eval()
 
 
+def load_adapter_beside(model: nn.Module, folder: str | Path) -> PeftModel:
+    """Load a saved adapter, frozen, into a copy of a base that shares the base's weights, and return the ``PeftModel``.
+
+    ``model`` stays as it is, so that one base in memory serves itself and any number of adapters. Weights that an
+    adapter replaces (``modules_to_save``) are its own; one that changes base weights in place (trained biases, PiSSA
+    and its like) gets a full copy. Errors as in :func:`load_adapter`.
+    """
+    _refuse_adapted(model)
+    config, _ = _read_adapter(Path(folder))
+    in_place = config.bias != "none" or str(config.init_lora_weights).startswith(_INIT_FROM_WEIGHTS)
+    return load_adapter(_copied(model, _cloned if in_place else _in_same_memory), folder)
+
+
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the ``Sam3Image`` of a ``PeftModel``, or the model itself.
 
@@ -204,7 +217,12 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of the module tree with all parameters on the meta device; other attributes are shared.
+    """Return a copy of the module tree with all parameters on the meta device."""
+    return _copied(model, _on_meta)
+
+
+def _copied(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
+    """Return a copy of the module tree with each parameter passed through a function; other attributes are shared.
 
     ``copy.deepcopy`` would copy the buffers, the tokenizer and whatever a forward has cached.
     """
@@ -215,8 +233,11 @@ def _without_weights(model: nn.Module) -> nn.Module:
             return nn.Module()  # transforms of the tracker's images: no targets, and not copied this way
         if module not in copies:
             twin = copies[module] = module.__new__(type(module))
-            twin.__dict__ = dict(module.__dict__)
-            twin._parameters = {n: p if p is None else _on_meta(p) for n, p in module._parameters.items()}
+            # Dicts are copied too: they hold the hooks and buffers, which are each module's own.
+            twin.__dict__ = {
+                n: copy.copy(v) if isinstance(v, dict) else v for n, v in module.__dict__.items()
+            }
+            twin._parameters = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
             twin._modules = {n: m if m is None else copied(m) for n, m in module._modules.items()}
         return copies[module]
 
@@ -225,6 +246,15 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+
+
+def _cloned(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def _in_same_memory(parameter: nn.Parameter) -> nn.Parameter:
+    # A parameter of its own, because PEFT freezes what it wraps, and torch has other kernels for frozen attention.
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 def _lora_config(plan: Plan) -> LoraConfig:
@@ -295,7 +325,12 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / name).is_file()]
     if missing:
-        raise AdapterError(f"{str(folder)!r} is not an adapter folder: it has no {' and no '.join(missing)}")
+        hint = (
+            f"; did you mean {str(folder / 'adapters' / 'best')!r}?" if (folder / "adapters").is_dir() else ""
+        )
+        raise AdapterError(
+            f"{str(folder)!r} is not an adapter folder: it has no {' and no '.join(missing)}{hint}"
+        )
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
