@@ -22,7 +22,8 @@ from sam3_lora.base.tiny import build_tiny_sam3
 from sam3_lora.data.shapes import ANNOTATION_FILE, DEMO_CONCEPTS, VARIED, write_coco
 from sam3_lora.errors import DataError
 from sam3_lora.evaluation import batches
-from sam3_lora.evaluation.metrics import best_scores, cgf1, evaluate_split, false_fire_rate
+from sam3_lora.evaluation.metrics import best_scores, evaluate_split, false_fire_rate
+from sam3_lora.evaluation.scores import cgf1
 
 from sam3.train.data.collator import collate_fn_api  # isort: skip  (after the modules that stand in for triton)
 

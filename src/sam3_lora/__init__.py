@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sam3_lora.data.check import check_dataset as check_dataset
     from sam3_lora.demo import run_demo as run_demo
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
+    from sam3_lora.evaluation.compare import Evaluation as Evaluation
+    from sam3_lora.evaluation.compare import evaluate as evaluate
     from sam3_lora.finetune import resume as resume
     from sam3_lora.finetune import train as train
     from sam3_lora.inference import Prediction as Prediction
@@ -37,6 +39,7 @@ __version__ = version("sam3-lora")
 
 # torch takes seconds to import: a name brings in its module when it is first used.
 _MODULES = {
+    "Evaluation": "evaluation.compare",
     "PRESETS": "presets",
     "Prediction": "inference",
     "Predictor": "inference",
@@ -48,6 +51,7 @@ _MODULES = {
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
     "count_parameters": "adapter",
+    "evaluate": "evaluation.compare",
     "fuse_attention": "attention",
     "get_peft_sam3": "adapter",
     "get_preset": "presets",

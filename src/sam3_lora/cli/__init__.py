@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sam3_lora.cli import demo, predict, presets, train
+from sam3_lora.cli import demo, evaluate, predict, presets, train
 from sam3_lora.cli.arguments import Parser
 from sam3_lora.errors import Sam3LoraError, did_you_mean
 
-_VERBS = {"train": train, "predict": predict, "demo": demo, "presets": presets}
+_VERBS = {"train": train, "predict": predict, "evaluate": evaluate, "demo": demo, "presets": presets}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

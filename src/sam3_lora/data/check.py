@@ -104,10 +104,17 @@ class DatasetSummary:
     splits: Mapping[str, SplitSummary]
 
 
-def check_dataset(folder: str | Path, splits: Sequence[str] = ("train", "valid")) -> DatasetSummary:
+def check_dataset(
+    folder: str | Path, splits: Sequence[str] = ("train", "valid"), *, train_split: str | None = "train"
+) -> DatasetSummary:
     """Return what the dataset holds, once every file and every annotation is found usable.
 
     Image files are opened, but decoded only where they look damaged.
+
+    Args:
+        folder: The dataset, with a folder for each split.
+        splits: Names of the splits to check.
+        train_split: The one to train on; the others are measured, which needs more.
 
     Raises:
         DataError: With all problems at once: how many of each kind, the first places, and what to do.
@@ -117,7 +124,7 @@ def check_dataset(folder: str | Path, splits: Sequence[str] = ("train", "valid")
     read = _read_splits(folder, splits, found)
     for name, split in read.items():
         # The trainer works out areas itself; the evaluation reads them from the file.
-        _check_split(split, ["bbox", "segmentation"] + ["area"] * (name != "train"), found)
+        _check_split(split, ["bbox", "segmentation"] + ["area"] * (name != train_split), found)
     if problems := found.problems():
         raise DataError(describe(f"{folder} cannot be used", problems))
     return DatasetSummary(folder, {name: _summary(split) for name, split in read.items()})

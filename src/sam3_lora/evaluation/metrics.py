@@ -6,21 +6,17 @@ validation prints for the same weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from sam3_lora.errors import DataError
 from sam3_lora.evaluation.batches import (
     check_all_read,
     evaluating,
@@ -30,19 +26,14 @@ from sam3_lora.evaluation.batches import (
     open_split,
     silence,
 )
+from sam3_lora.evaluation.scores import IOU_TYPES, CocoResult, coco_eval, read_truth
 
 from sam3.eval.postprocessors import PostProcessImage  # isort: skip  (after the modules that stand in for triton)
 from sam3.model.sam3_image import Sam3Image  # isort: skip
 
-# The module behind these two announces on stdout that the optional TIDE is not installed.
+# The module behind this one announces on stdout that the optional TIDE is not installed.
 with silence():
-    from sam3.eval.cgf1_eval import CGF1Evaluator
     from sam3.eval.coco_writer import PredictionDumper
-
-#: One prediction as pycocotools reads it: ``image_id``, ``category_id``, ``score`` 0..1, ``bbox`` xywh in pixels of
-#: the original image, ``segmentation`` as compressed RLE of its size.
-CocoResult = dict[str, Any]
-IouType = Literal["bbox", "segm"]
 
 _MAX_PREDICTIONS = 100  # an image, best first, over all its categories: PredictionDumper's maxdets
 
@@ -104,59 +95,68 @@ def evaluate_split(
     Raises:
         DataError: If there is nothing to measure against (AP is undefined without objects), or images cannot be read.
     """
-    with silence():
-        truth = COCO(str(annotation_file))
-    _check_measurable(truth, annotation_file)
-    with evaluating(model):
-        results = _predict(model, images, annotation_file, resolution, batch_size, device, on_progress)
+    truth = read_truth(annotation_file)
+    (results,) = predict_split(
+        [model],
+        images,
+        annotation_file,
+        resolution=resolution,
+        batch_size=batch_size,
+        device=device,
+        on_progress=on_progress,
+    )
     if dump_dir is not None:
         _write_dumps(dump_dir, results)
-    boxes, masks = (_average_precision(truth, results, iou_type) for iou_type in ("bbox", "segm"))
-    return SplitResult(*boxes, *masks, predictions=results, image_ids=sorted(truth.imgs))
+    boxes, masks = (coco_eval(truth, results, iou_type).stats.tolist() for iou_type in IOU_TYPES)
+    return SplitResult(
+        bbox_AP=boxes[0],
+        bbox_AP50=boxes[1],
+        bbox_AP75=boxes[2],
+        segm_AP=masks[0],
+        segm_AP50=masks[1],
+        segm_AP75=masks[2],
+        predictions=results,
+        image_ids=sorted(truth.imgs),
+    )
 
 
-def cgf1(
-    annotation_file: Path, predictions: Iterable[Mapping[str, Any]], iou_type: IouType = "segm"
-) -> dict[str, float]:
-    """Return SAM3's own metric cgF1 and its parts, by the official evaluator, for an ordinary COCO file.
+def predict_split(
+    models: Sequence[Sam3Image],
+    images: Path,
+    annotation_file: Path,
+    *,
+    resolution: int,
+    batch_size: int,
+    device: str | torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[CocoResult]]:
+    """Ask every model for every category on every image, and return the predictions of each.
 
-    The evaluator wants one "image" for each (image, noun phrase) pair: each (image, category) becomes one. Keys are
-    the official names, such as ``cgF1``, ``IL_MCC``, ``positive_micro_F1`` and ``cgF1@0.5``; -1 stands for a part that
-    is 0/0. ``cgF1`` is a product with ``IL_MCC``, which measures whether presence is told from absence: both are 0,
-    however good the masks, where every category is in every image.
-
-    Args:
-        annotation_file: COCO JSON.
-        predictions: COCO results; those that score less than 0.5 do not count.
-        iou_type: What is compared, masks or boxes.
+    All models see a batch before the next one is read, and the turns of an image with many categories follow each
+    other, so that models may share what they compute from images alone. The rest is as in :func:`evaluate_split`.
     """
-    document = json.loads(annotation_file.read_text(encoding="utf-8"))
-    position = {category["id"]: i for i, category in enumerate(document["categories"])}
-
-    def as_pair(item: Mapping[str, Any]) -> dict[str, Any]:
-        pair = item["image_id"] * len(position) + position[item["category_id"]]
-        return {**item, "image_id": pair, "category_id": 1}
-
-    pairs = {
-        "categories": [{"id": 1, "name": "object"}],
-        "images": [
-            {
-                **image,
-                "id": image["id"] * len(position) + position[category["id"]],
-                "text_input": category["name"],
-                "is_instance_exhaustive": True,
-            }
-            for image in document["images"]
-            for category in document["categories"]
-        ],
-        "annotations": [as_pair({"iscrowd": 0, **annotation}) for annotation in document["annotations"]],
-    }
-    with tempfile.TemporaryDirectory() as folder, silence(), np.errstate(invalid="ignore"):
-        truth_file, prediction_file = Path(folder, "truth.json"), Path(folder, "predictions.json")
-        truth_file.write_text(json.dumps(pairs), encoding="utf-8")
-        prediction_file.write_text(json.dumps([as_pair(p) for p in predictions]), encoding="utf-8")
-        values = CGF1Evaluator(gt_path=str(truth_file), iou_type=iou_type).evaluate(str(prediction_file))
-    return {name.removeprefix(f"cgF1_eval_{iou_type}_"): float(value) for name, value in values.items()}
+    dataset = open_split(images, annotation_file, resolution)
+    dumpers = [_new_dumper() for _ in models]
+    turns = len(dataset.coco.category_chunks)
+    total = len(dataset)
+    seen: Counter[int] = Counter()
+    done = 0
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        for start in range(0, total, batch_size * turns):
+            for turn in range(turns):
+                places = range(start + turn, min(start + batch_size * turns, total), turns)
+                datapoints = [dataset[place] for place in places]
+                seen.update(d.find_queries[0].inference_metadata.original_image_id for d in datapoints)
+                for model, dumper in zip(models, dumpers, strict=True):
+                    outputs, metadata = forward(model, datapoints, device)
+                    dumper.update(find_stages=outputs, find_metadatas=metadata)
+                done += len(datapoints)
+                if on_progress:
+                    on_progress(done, total)
+    check_all_read(dataset, seen)
+    return [_merged(dumper) for dumper in dumpers]
 
 
 def false_fire_rate(
@@ -218,29 +218,9 @@ def best_scores(
     return [[next(remaining) for _ in texts] for texts in prompts]
 
 
-def _check_measurable(truth: COCO, annotation_file: Path) -> None:
-    if all(annotation.get("iscrowd", 0) for annotation in truth.anns.values()):
-        raise DataError(
-            f"{str(annotation_file)!r} has no object to measure against (crowds do not count), so AP is undefined; "
-            "evaluate on a split with annotations"
-        )
-
-
-def _predict(
-    model: Sam3Image,
-    images: Path,
-    annotation_file: Path,
-    resolution: int,
-    batch_size: int,
-    device: str | torch.device,
-    on_progress: Callable[[int, int], None] | None,
-) -> list[CocoResult]:
-    """Return the best predictions of each image, rounded, merged and in the order that the official dumper gives."""
-    dataset = open_split(images, annotation_file, resolution)
-    total = len(dataset)
-    seen: Counter[int] = Counter()
+def _new_dumper() -> PredictionDumper:
     with tempfile.TemporaryDirectory() as folder:  # the dumper makes its folder, used or not
-        dumper = PredictionDumper(
+        return PredictionDumper(
             dump_dir=folder,
             # Gives boxes too, the same as with iou_type "bbox": one pass serves both.
             postprocessor=PostProcessImage(
@@ -257,28 +237,12 @@ def _predict(
             iou_type="segm",
             merge_predictions=True,
         )
-    for start in range(0, total, batch_size):
-        datapoints = [dataset[i] for i in range(start, min(start + batch_size, total))]
-        seen.update(d.find_queries[0].inference_metadata.original_image_id for d in datapoints)
-        outputs, metadata = forward(model, datapoints, device)
-        dumper.update(find_stages=outputs, find_metadatas=metadata)
-        if on_progress:
-            on_progress(start + len(datapoints), total)
-    check_all_read(dataset, seen)
+
+
+def _merged(dumper: PredictionDumper) -> list[CocoResult]:
+    """Return the best predictions of each image, rounded, merged and in the order that the official dumper gives."""
     merged: list[CocoResult] = dumper.gather_and_merge_predictions()
     return [{key: value for key, value in result.items() if key != "area"} for result in merged]
-
-
-def _average_precision(truth: COCO, results: list[CocoResult], iou_type: str) -> tuple[float, float, float]:
-    """Return AP over IoU 0.50 to 0.95, AP at 0.50 and AP at 0.75."""
-    with silence():
-        # Copies, because loadRes writes into what it gets.
-        evaluation = COCOeval(truth, truth.loadRes([dict(result) for result in results]), iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    average, at_50, at_75 = (float(value) for value in evaluation.stats[:3])
-    return average, at_50, at_75
 
 
 def _write_dumps(folder: Path, results: list[CocoResult]) -> None:

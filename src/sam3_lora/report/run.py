@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from sam3_lora.adapter import WEIGHTS_FILE
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import ANNOTATION_FILE, Split, read_split
-from sam3_lora.evaluation.metrics import CocoResult, evaluate_split
+from sam3_lora.evaluation.metrics import evaluate_split
+from sam3_lora.evaluation.scores import CocoResult
 from sam3_lora.report.history import History, ReportError, read_history
 from sam3_lora.report.page import write_report
 from sam3_lora.report.pictures import choose_pictures

@@ -1,0 +1,103 @@
+"""The verb ``evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam3_lora.cli import arguments
+
+if TYPE_CHECKING:
+    from sam3_lora.evaluation.compare import Evaluation
+
+HELP: dict[str, Any] = {
+    "help": "measure the base and adapters side by side",
+    "description": "Measure the base and adapters on a split: AP, mean IoU and cgF1, of each class too.",
+    "epilog": """\
+examples:
+  sam3-lora evaluate --data my_dataset --adapter runs/first/adapters/best
+  sam3-lora evaluate --data my_dataset --split test --adapter runs/a/adapters/best --adapter runs/b/adapters/best
+  sam3-lora evaluate --data my_dataset --base tiny --json""",
+}
+
+_CLASS_METRICS = ("bbox_AP50", "segm_AP50", "segm_AP", "mean_IoU", "cgF1")
+
+
+def add_options(parser: arguments.Parser) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
+    add(
+        "--split",
+        default="valid",
+        metavar="NAME|PATH",
+        help="a split of the dataset, or any folder with _annotations.coco.json (default: valid)",
+    )
+    add(
+        "--adapter",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of an adapter; may be repeated",
+    )
+    add(
+        "--base", metavar="NAME", help="facebook/sam3, tiny or the path of a sam3.pt (default: the adapters')"
+    )
+    add("--batch-size", type=arguments.count, default=4, metavar="N", help="images at a time (default: 4)")
+    add("--output", type=Path, metavar="DIR", help="also write metrics.json and all predictions there")
+    add("--overwrite", action="store_true", help="replace an earlier evaluation in --output")
+    add("--json", action="store_true", help="print the numbers as JSON")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from sam3_lora.cli import tables
+    from sam3_lora.cli.progress import count_on_stderr
+    from sam3_lora.output import check_output
+
+    if args.output is not None:
+        check_output(args.output, made_by="evaluate", overwrite=args.overwrite)
+    from sam3_lora.evaluation.compare import evaluate, save_evaluation
+
+    with count_on_stderr("images") as show:
+        result = evaluate(
+            args.data,
+            adapters=args.adapter,
+            split=args.split,
+            base=args.base,
+            batch_size=args.batch_size,
+            on_progress=show,
+        )
+    if args.output is not None:
+        save_evaluation(result, args.output, overwrite=args.overwrite)
+    if args.json:
+        tables.print_json(result.as_dict())
+        return
+    _print_tables(result)
+    if args.output is not None:
+        tables.print_facts({"Written to": tables.short_path(args.output)})
+
+
+def _print_tables(result: Evaluation) -> None:
+    from sam3_lora.cli import tables
+
+    models = {"base": result.base, **result.adapters}
+    title = f"{tables.short_path(result.split)}, base {result.base_name}"
+    tables.print_metrics(title, {name: model.overall.defined() for name, model in models.items()})
+    rows = [
+        [
+            prompt,
+            "\n".join(name.replace("_", " ") for name in _CLASS_METRICS),
+            *(
+                "\n".join(_number(model.per_class[prompt].as_dict()[name]) for name in _CLASS_METRICS)
+                for model in models.values()
+            ),
+        ]
+        for prompt in result.base.per_class
+    ]
+    tables.print_table("By class", ["class", "metric", *models], rows)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
