@@ -11,6 +11,7 @@ from sam3_lora.base.checkpoint import TINY
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.evaluation.metrics import SplitResult, evaluate_split
+from sam3_lora.evaluation.scores import cgf1
 from sam3_lora.output import claim_output, write_json_atomic, write_text_atomic
 from sam3_lora.report import Measured, report_of_run
 from sam3_lora.training.data import render_demo_dataset
@@ -44,9 +45,9 @@ def run_demo(
         on_progress: Called after every training step and validation.
 
     Returns:
-        What is in ``metrics.json``: ``base`` and ``adapter``, each with ``bbox_AP50``, ``segm_AP50``, ``bbox_AP`` and
-        ``segm_AP`` on the validation images; ``trainable_parameters``, ``total_parameters``, ``adapter_bytes``, and
-        ``cpu_seconds`` of it all.
+        What is in ``metrics.json``: ``base`` and ``adapter``, each with ``bbox_AP50``, ``segm_AP50``, ``bbox_AP``,
+        ``segm_AP`` and ``cgF1`` on the validation images; ``trainable_parameters``, ``total_parameters``,
+        ``adapter_bytes``, and ``cpu_seconds`` of it all.
 
     Raises:
         OutputError: If ``output`` holds something else.
@@ -66,7 +67,8 @@ def run_demo(
     adapter = _evaluate(adapted, dataset / "valid")
 
     results = {"base": base.predictions, "adapter": adapter.predictions}
-    rows = rows_from_results(dataset / "valid" / ANNOTATION_FILE, dataset / "valid", results)
+    annotation_file = dataset / "valid" / ANNOTATION_FILE
+    rows = rows_from_results(annotation_file, dataset / "valid", results)
     comparison_sheet(rows).save(output / SHEET_FILE)
     report_of_run(
         output,
@@ -78,8 +80,8 @@ def run_demo(
         },
     )
     metrics = {
-        "base": base.as_dict(),
-        "adapter": adapter.as_dict(),
+        "base": _numbers(base, annotation_file),
+        "adapter": _numbers(adapter, annotation_file),
         "trainable_parameters": trained.trainable_parameters,
         "total_parameters": trained.total_parameters,
         "adapter_bytes": (trained.adapter / WEIGHTS_FILE).stat().st_size,
@@ -98,6 +100,10 @@ def _evaluate(model: Any, split: Path) -> SplitResult:
         batch_size=_BATCH_SIZE,
         device="cpu",
     )
+
+
+def _numbers(result: SplitResult, annotation_file: Path) -> dict[str, float]:
+    return {**result.as_dict(), "cgF1": cgf1(annotation_file, result.predictions)["cgF1"]}
 
 
 def _cpu_seconds() -> float:
