@@ -16,7 +16,7 @@ from sam3_lora.cli.progress import describe, fraction_done
 from sam3_lora.errors import DataError
 from sam3_lora.presets import PRESETS
 
-VERBS = ["train", "predict", "evaluate", "demo", "presets"]
+VERBS = ["train", "predict", "evaluate", "demo", "presets", "doctor"]
 TRAIN = ["train", "--data", "my data", "--output", "runs/a"]
 
 

@@ -10,11 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sam3_lora.cli import demo, evaluate, predict, presets, train
+from sam3_lora.cli import demo, doctor, evaluate, predict, presets, train
 from sam3_lora.cli.arguments import Parser
 from sam3_lora.errors import Sam3LoraError, did_you_mean
 
-_VERBS = {"train": train, "predict": predict, "evaluate": evaluate, "demo": demo, "presets": presets}
+_VERBS = {
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "demo": demo,
+    "presets": presets,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
