@@ -42,7 +42,7 @@ class TestDemo:
     def test_the_reloaded_adapter_gives_the_trainer_s_own_numbers(self, demo):
         best = json.loads((demo[0] / "logs" / "best_metrics.json").read_text())
         assert demo[1]["adapter"] == pytest.approx(
-            {name: best[name] for name in demo[1]["adapter"]}, abs=5e-4
+            {name: value for name, value in best.items() if name in demo[1]["adapter"]}, abs=5e-4
         )
 
     def test_it_takes_less_than_five_minutes_of_cpu_time(self, demo):
