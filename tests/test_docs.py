@@ -91,7 +91,10 @@ def commands(document: Path) -> list[list[str]]:
     lines = shell.replace("\\\n", " ").splitlines() + re.findall(
         r"`(sam3-lora [^`\n]+)`", FENCE.sub("", text)
     )
-    found = [re.search(r"(?:^|[$ ]|=\S+ )sam3-lora ((?:train|demo|presets)\b.*)", line) for line in lines]
+    found = [
+        re.search(r"(?:^|[$ ]|=\S+ )sam3-lora ((?:train|evaluate|demo|presets|doctor)\b.*)", line)
+        for line in lines
+    ]
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
@@ -113,7 +116,7 @@ def test_every_command_in_the_documents_exists(document):
 
 def test_complete_commands_in_the_documents_parse(document):
     for words in commands(document):
-        if words[0] != "train" or "--data" in words:
+        if words[0] not in ("train", "evaluate") or "--data" in words:
             build_parser().parse_args(words)
 
 
