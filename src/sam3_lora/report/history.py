@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sam3_lora.errors import Sam3LoraError
-from sam3_lora.training.progress import BEST_METRICS_FILE, PROGRESS_FILE
+from sam3_lora.training.progress import BEST_METRICS_FILE, PROGRESS_FILE, read_events
 
 
 class ReportError(Sam3LoraError):
@@ -63,13 +62,13 @@ def read_history(run_folder: str | Path) -> History:
     start: dict[str, int] | None = None
     steps: dict[tuple[int, int], Step] = {}
     metrics: dict[int, dict[str, float]] = {}
-    for event in _events(logs / PROGRESS_FILE):
+    for event, _ in read_events(logs / PROGRESS_FILE):
         kind = event.pop("event")
         if kind == "start":
             start = event
         elif kind == "step":
             steps[event["epoch"], event["step"]] = Step(**event)
-        else:
+        elif kind == "metrics":
             metrics[event.pop("epoch")] = event
     if start is None:
         raise ReportError(
@@ -84,15 +83,6 @@ def read_history(run_folder: str | Path) -> History:
         best_metric=best.get("best_metric"),
         start=start,
     )
-
-
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(
-                json.JSONDecodeError
-            ):  # a kill or a reader in the middle of a write cuts a line short
-                yield json.loads(line)
 
 
 def _best(path: Path) -> dict[str, Any]:

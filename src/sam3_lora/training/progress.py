@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +31,27 @@ OnProgress = Callable[[Progress], None]
 
 def append_event(logs: Path, kind: str, **values: Any) -> None:
     """Add one line to the progress file in ``logs``."""
-    with open(logs / PROGRESS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": kind, **values}) + "\n")
+    with open(logs / PROGRESS_FILE, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # a kill cut the last line short
+        file.write(json.dumps({"event": kind, **values}).encode() + b"\n")
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the events of a progress file from a byte on, each with the byte where the next one begins.
+
+    A last line that is still being written is left for the next call; one that a kill cut short is passed over.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while (line := file.readline()).endswith(b"\n"):
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line), file.tell()
 
 
 class ProgressReader:
@@ -55,28 +75,21 @@ class ProgressReader:
 
     def read(self) -> None:
         """Report what has come since the last call."""
-        for event in self._new_events():
+        for event, end in read_events(self._path, self._offset):
+            self._offset = end
             kind = event.pop("event")
             if kind == "start":
                 self.start = event
-                continue
-            if kind == "error":
+            elif kind == "error":
                 self.error = event["message"]
-                continue
-            if kind == "step":
+            elif kind == "step":
                 self._last_step = event
+                self._show()
             else:
                 self._metrics = {name: value for name, value in event.items() if name != "epoch"}
-            if self._on_progress is not None and self._last_step:
-                epochs = self.start["epochs"]
-                self._on_progress(Progress(epochs=epochs, metrics=self._metrics, **self._last_step))
+                self._show()
 
-    def _new_events(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        with open(self._path, encoding="utf-8") as file:
-            file.seek(self._offset)
-            while (line := file.readline()).endswith("\n"):
-                self._offset = file.tell()
-                with suppress(json.JSONDecodeError):  # a line that a kill cut short runs into the next one
-                    yield json.loads(line)
+    def _show(self) -> None:
+        if self._on_progress is not None and self._last_step:
+            epochs = self.start["epochs"]
+            self._on_progress(Progress(epochs=epochs, metrics=self._metrics, **self._last_step))
