@@ -1,5 +1,6 @@
 """The public names of the package."""
 
+import inspect
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ def test_the_list_of_public_names_is_sorted():
 @pytest.mark.parametrize("name", sam3_lora.__all__)
 def test_every_public_name_is_there_and_documented(name):
     value = getattr(sam3_lora, name)
+    assert not inspect.ismodule(value), "a module of the same name hides it"
     assert not callable(value) or value.__doc__
 
 

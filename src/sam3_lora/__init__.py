@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from sam3_lora.base.loading import load_base as load_base
     from sam3_lora.data.check import check_dataset as check_dataset
     from sam3_lora.demo import run_demo as run_demo
-    from sam3_lora.doctor import Finding as Finding
-    from sam3_lora.doctor import doctor as doctor
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
     from sam3_lora.evaluation.compare import Evaluation as Evaluation
     from sam3_lora.evaluation.compare import evaluate as evaluate
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from sam3_lora.finetune import train as train
     from sam3_lora.inference import Prediction as Prediction
     from sam3_lora.inference import Predictor as Predictor
+    from sam3_lora.installation import Finding as Finding
+    from sam3_lora.installation import doctor as doctor
     from sam3_lora.presets import PRESETS as PRESETS
     from sam3_lora.presets import Preset as Preset
     from sam3_lora.presets import get_preset as get_preset
@@ -42,7 +42,7 @@ __version__ = version("sam3-lora")
 # torch takes seconds to import: a name brings in its module when it is first used.
 _MODULES = {
     "Evaluation": "evaluation.compare",
-    "Finding": "doctor",
+    "Finding": "installation",
     "PRESETS": "presets",
     "Prediction": "inference",
     "Predictor": "inference",
@@ -54,7 +54,7 @@ _MODULES = {
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
     "count_parameters": "adapter",
-    "doctor": "doctor",
+    "doctor": "installation",
     "evaluate": "evaluation.compare",
     "fuse_attention": "attention",
     "get_peft_sam3": "adapter",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sam3_lora.cli.arguments import Parser
 
 if TYPE_CHECKING:
-    from sam3_lora.doctor import Finding
+    from sam3_lora.installation import Finding
 
 HELP: dict[str, Any] = {
     "help": "examine this installation",
@@ -30,7 +30,7 @@ def add_options(parser: Parser) -> None:
 
 def _doctor(args: argparse.Namespace) -> None:
     from sam3_lora.cli import tables
-    from sam3_lora.doctor import doctor
+    from sam3_lora.installation import doctor
 
     findings = doctor(offline=args.offline)
     if args.json:
