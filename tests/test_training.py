@@ -23,6 +23,7 @@ from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, DataError, OutputError, Sam3LoraError
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.training.launch import TrainSettings, run_yaml, train
+from sam3_lora.training.progress import PROGRESS_FILE
 from sam3_lora.training.trainer import METRICS, LoraTrainer
 
 CONFIGS = ("minimal", "balanced", "full", "demo")
@@ -258,9 +259,12 @@ def test_an_error_of_the_official_script_is_one_line_that_names_the_cause(datase
     assert "console.log" in text
 
 
-def test_an_unknown_metric_for_the_best_adapter_is_refused():
+def test_an_unknown_metric_for_the_best_adapter_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown metric 'segm_AP5O'; did you mean 'segm_AP50'"):
-        LoraTrainer(adapter_dir="x", best_metric="segm_AP5O")
+        LoraTrainer(adapter_dir="x", best_metric="segm_AP5O", logging={"log_dir": str(tmp_path)})
+    assert (
+        "did you mean 'segm_AP50'" in (tmp_path / PROGRESS_FILE).read_text()
+    )  # so that the launcher can say it
 
 
 def test_the_trained_model_keeps_its_official_parameter_names():

@@ -77,15 +77,8 @@ class LoraTrainer(Trainer):
         optim: Mapping[str, Any] | None = None,
         **official: Any,
     ) -> None:
-        if best_metric is not None and best_metric not in METRICS:
-            raise ConfigError(
-                f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
-                f"(metrics are {', '.join(METRICS)})"
-            )
         enable_cpu_training()
         self._logs = Path(official["logging"]["log_dir"])
-        if prepare is not None:
-            instantiate(prepare)
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         self._adapter_dir = Path(adapter_dir)
@@ -99,6 +92,13 @@ class LoraTrainer(Trainer):
             **{name: official.get(name) for name in _COMPARED_ON_RESUME},
         }
         with _own_errors_reported(self._logs):
+            if best_metric is not None and best_metric not in METRICS:
+                raise ConfigError(
+                    f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
+                    f"(metrics are {', '.join(METRICS)})"
+                )
+            if prepare is not None:
+                instantiate(prepare)
             super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
 
     def run(self) -> None:
@@ -133,7 +133,7 @@ class LoraTrainer(Trainer):
         # The official one removes the old file before it renames the new one: a kill in between loses both.
         temporary = f"{checkpoint_path}.tmp"
         with open(temporary, "wb") as file:
-            torch.save({**checkpoint, "run": self._fingerprint()}, file)
+            torch.save({**checkpoint, "run": self._fingerprint}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, checkpoint_path)
@@ -145,14 +145,11 @@ class LoraTrainer(Trainer):
             raise CheckpointError(
                 f"{ckpt_path} is damaged; copy a whole one there, or delete it to train from the start ({error})"
             ) from error
-        if changed := differences(saved.get("run", {}), self._fingerprint()):
+        if changed := differences(saved.get("run", {}), self._fingerprint):
             raise ConfigError(
                 f"{ckpt_path} is of another run; undo the changes, or train into a new folder: {as_report(changed)}"
             )
         super()._load_resuming_checkpoint(ckpt_path)
-
-    def _fingerprint(self) -> Fingerprint:
-        return fingerprint_of_run({**self._settings, "processes": torch.distributed.get_world_size()})
 
     def _save_adapters(self, names: list[str]) -> None:
         if self.distributed_rank == 0:
@@ -160,6 +157,10 @@ class LoraTrainer(Trainer):
                 save_adapter(unwrap_ddp_if_wrapped(self.model), self._adapter_dir / name)
 
     def _setup_components(self) -> None:
+        # Once, since it reads the annotations and asks for the size of every image.
+        self._fingerprint: Fingerprint = fingerprint_of_run(
+            {**self._settings, "processes": torch.distributed.get_world_size()}
+        )
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
