@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, TargetError, as_report
 from sam3_lora.model_card import model_card
+from sam3_lora.output import replaced_folder
 from sam3_lora.plan import Plan, Strength, make_plan, preset_of
 from sam3_lora.presets import Preset, get_preset
 
@@ -109,11 +108,15 @@ def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
         for name, tensor in _adapter_tensors(inner, adapter_name).items()
     }
     made_for = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__}
-    with _replacing(Path(folder)) as temporary:
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(str(temporary), auto_mapping_dict=made_for)
-        (temporary / CARD_FILE).write_text(_card(inner, config, adapter_name, tensors), encoding="utf-8")
-    return Path(folder)
+    folder = Path(folder)
+    _refuse_to_replace(folder)
+    with replaced_folder(folder.resolve()) as new:
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(new), auto_mapping_dict=made_for)
+        (new / CARD_FILE).write_text(_card(inner, config, adapter_name, tensors), encoding="utf-8")
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+    return folder
 
 
 def load_adapter(
@@ -359,33 +362,10 @@ def _misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[
     return missing + unexpected + misshaped
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Give a folder beside ``folder``, and put it in its place when the body is done.
-
-    A reader never sees a part of it; a kill between the two renames leaves the old one beside it, complete.
-    """
-    folder = folder.resolve()
-    if folder.exists():
-        _refuse_to_replace(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as room:
-        new, old = Path(room, "new"), Path(room, "old")
-        new.mkdir(mode=0o755)
-        yield new
-        for file in new.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-
-
 def _refuse_to_replace(folder: Path) -> None:
     """Raise if anything but an adapter would be lost."""
+    if not folder.exists():
+        return
     if not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is a file, which an adapter would replace; choose another place")
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in ADAPTER_FILES)

@@ -114,7 +114,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
