@@ -101,6 +101,16 @@ def test_a_base_that_cannot_be_had_is_one_error(base, message, monkeypatch, tmp_
         find_checkpoint(base)
 
 
+def test_a_run_records_a_base_file_by_its_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "sam3.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("sam3.pt", "./sam3.pt", "~/sam3.pt"):
+        assert checkpoint.absolute_base(given) == str(tmp_path / "sam3.pt")
+    assert checkpoint.absolute_base("tiny") == "tiny"
+    assert checkpoint.absolute_base("facebook/sam3") == "facebook/sam3"
+
+
 def test_missing_access_says_how_to_get_it(monkeypatch):
     from huggingface_hub.errors import GatedRepoError
 

@@ -48,6 +48,12 @@ def base_info(base: str) -> BaseInfo:
     return TINY if base == "tiny" else FULL_SIZE
 
 
+def absolute_base(base: str) -> str:
+    """Return a base as a run records it: a file by its absolute path, anything else by its name."""
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.is_file() else base
+
+
 def find_checkpoint(base: str) -> Path | None:
     """Return the checkpoint file of a base, downloading it if need be; ``None`` if the base needs none.
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sam3_lora.base.checkpoint import CHECKPOINT_FILE, DEFAULT, existing_checkpoint
 from sam3_lora.base.cpu import cuda_calls_on_cpu, enable_cpu, provide_triton
+from sam3_lora.base.text import fill_uninitialised
 from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.errors import CheckpointError
 
@@ -90,10 +91,7 @@ def _build(eval_mode: bool, enable_segmentation: bool) -> Sam3Image:
             load_from_HF=False,
             enable_segmentation=enable_segmentation,
         )
-    text = model.backbone.language_backbone.encoder
-    # Both are torch.empty in sam3 0.1.4, with no initialisation: a checkpoint normally fills them.
-    nn.init.normal_(text.positional_embedding, std=0.01)
-    nn.init.normal_(text.text_projection, std=text.text_projection.shape[0] ** -0.5)
+    fill_uninitialised(model.backbone.language_backbone.encoder)
     return model
 
 

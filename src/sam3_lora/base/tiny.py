@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sam3_lora.base.checkpoint import TINY
 from sam3_lora.base.cpu import enable_cpu, provide_triton
+from sam3_lora.base.text import fill_uninitialised
 from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.errors import CheckpointError
 
@@ -218,9 +219,7 @@ def _text_encoder() -> VETextEncoder:
         layers=2,
     )
     text = encoder.encoder
-    # Both are torch.empty in sam3 0.1.4, with no initialisation: a checkpoint normally fills them.
-    nn.init.normal_(text.positional_embedding, std=0.01)
-    nn.init.normal_(text.text_projection, std=_TEXT_WIDTH**-0.5)
+    fill_uninitialised(text)
     text.token_embedding.weight = nn.Parameter(seeded_token_embedding(), requires_grad=False)
     return encoder
 

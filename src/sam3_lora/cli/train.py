@@ -110,10 +110,12 @@ _SETTINGS = ("data", "output", "preset", "base", "max_epochs", "batch_size", "lr
 
 def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options say as config keys, to be compared with those of a run."""
+    from sam3_lora.base.checkpoint import absolute_base
+
     return {
         "paths.dataset_root": None if args.data is None else str(args.data.resolve()),
         "adapter.preset": args.preset,
-        "base.name": args.base,
+        "base.name": None if args.base is None else absolute_base(args.base),
         "launcher.gpus_per_node": args.num_gpus,
         **{f"training.{name}": getattr(args, name) for name in ("max_epochs", "batch_size", "lr", "seed")},
         **{key if "." in key else f"adapter.overrides.{key}": value for key, value in args.set},

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sam3_lora.base.checkpoint import DEFAULT, base_info, find_checkpoint
+from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info, find_checkpoint
 from sam3_lora.data.check import check_dataset
 from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
@@ -187,14 +187,17 @@ def run_yaml(settings: TrainSettings) -> str:
         "seed": settings.seed,
     }
     info = base_info(settings.base)
-    base = str(Path(settings.base).expanduser().resolve()) if Path(settings.base).is_file() else settings.base
     run = OmegaConf.create(
         {
             "paths": {
                 "dataset_root": str(settings.data.resolve()),
                 "experiment_log_dir": str(settings.output.resolve()),
             },
-            "base": {"name": base, "resolution": info.resolution, "num_queries": info.num_queries},
+            "base": {
+                "name": absolute_base(settings.base),
+                "resolution": info.resolution,
+                "num_queries": info.num_queries,
+            },
             "training": {name: value for name, value in training.items() if value is not None},
             "adapter": {"preset": settings.preset, "overrides": dict(settings.overrides)},
             "launcher": {"gpus_per_node": settings.num_gpus},
