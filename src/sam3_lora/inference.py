@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import nn
 
 from sam3_lora.adapter import inner_model, load_adapter, recorded_base
 from sam3_lora.base.cpu import enable_cpu
 from sam3_lora.base.loading import load_base
+from sam3_lora.data.coco import mask_to_run_lengths
 from sam3_lora.data.image_files import read_image, to_rgb
 from sam3_lora.errors import ConfigError, as_report
 
@@ -58,7 +58,7 @@ class Prediction:
                 "category_id": category_id,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": score,
-                "segmentation": _run_lengths(mask),
+                "segmentation": mask_to_run_lengths(mask),
             }
             for (x0, y0, x1, y1), mask, score in zip(
                 self.boxes_xyxy.tolist(), self.masks, self.scores.tolist(), strict=True
@@ -157,8 +157,7 @@ class Predictor:
         picture = read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
         boxes = _checked_boxes(prompts, boxes_xyxy, threshold, picture.size)
         self._processor.set_confidence_threshold(threshold)
-        bfloat16_on_cuda = torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda")
-        with eval_mode(self.model), bfloat16_on_cuda:
+        with eval_mode(self.model), bfloat16_on_cuda(self.device):
             seen = self._processor.set_image(picture)
             return [self._ask(seen, prompt, boxes) for prompt in prompts]
 
@@ -206,6 +205,11 @@ class Predictor:
             box_mask=torch.zeros(1, len(boxes), dtype=torch.bool, device=self.device),
             box_labels=torch.ones(len(boxes), 1, dtype=torch.bool, device=self.device),
         )
+
+
+def bfloat16_on_cuda(device: torch.device, enabled: bool = True) -> torch.autocast:
+    """Return the autocast of our training runs for a device: bfloat16 on CUDA, none on the CPU."""
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=enabled and device.type == "cuda")
 
 
 @contextlib.contextmanager
@@ -272,8 +276,3 @@ def _box_problem(box_xyxy: _BoxXyxy, size: tuple[int, int] | None) -> str:
     if size is not None and (x0 < 0 or y0 < 0 or x1 > size[0] or y1 > size[1]):
         return f"{shown} leaves the image, which is {size[0]} wide and {size[1]} high"
     return ""
-
-
-def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}

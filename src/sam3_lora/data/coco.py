@@ -7,7 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from sam3_lora.errors import DataError, did_you_mean
 
@@ -145,6 +149,22 @@ def segmentation_problem(segmentation: object, size_hw: tuple[int, int]) -> str:
     if not segmentation:
         return "is empty"
     return next(filter(None, map(_polygon_problem, segmentation)), "")
+
+
+def mask_to_run_lengths(mask: NDArray[np.bool_]) -> RunLengths:
+    """Return a mask ``(H, W)`` as compressed run lengths."""
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def compressed_run_lengths(segmentation: Any, size_hw: tuple[int, int]) -> Any:
+    """Return polygons or run lengths of either kind as compressed run lengths, in the form that pycocotools takes."""
+    if isinstance(segmentation, Mapping):
+        run_lengths = dict(segmentation)
+        if isinstance(run_lengths["counts"], list):
+            return coco_mask.frPyObjects(run_lengths, *run_lengths["size"])
+        return run_lengths
+    return coco_mask.merge(coco_mask.frPyObjects([list(part) for part in segmentation], *size_hw))
 
 
 def _polygon_problem(polygon: object) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco_mask
 
-from sam3_lora.data.coco import ANNOTATION_FILE
+from sam3_lora.data.coco import ANNOTATION_FILE, mask_to_run_lengths
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -158,14 +157,13 @@ def write_coco(
 
 
 def _annotation(item: SceneObject) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(item.mask.astype(np.uint8)))
     x0, y0, x1, y1 = item.box_xyxy
     return {
         "category_id": item.concept + 1,
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": float(item.mask.sum()),
         "iscrowd": 0,
-        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+        "segmentation": mask_to_run_lengths(item.mask),
     }
 
 

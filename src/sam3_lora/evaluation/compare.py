@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.errors import AdapterError, ConfigError, DataError, as_report, did_you_mean
 from sam3_lora.evaluation.metrics import predict_split
 from sam3_lora.evaluation.scores import CocoResult, Scores, read_truth, score_predictions
+from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
@@ -103,7 +103,7 @@ def evaluate(
     model = load_base(base_name, device=device)
     beside = [load_adapter_beside(model, path).get_base_model() for path in named.values()]
     _share_image_features(model, beside)
-    with _autocast(model.device):
+    with bfloat16_on_cuda(model.device):
         predictions = predict_split(
             [model, *beside],
             folder,
@@ -235,9 +235,3 @@ class _RememberingTrunk(nn.Module):
         if self._images is None or not torch.equal(images, self._images):
             self._images, self._features = images, self.trunk(images)
         return self._features
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam3_lora.data.coco import compressed_run_lengths
+
 Entry = Mapping[str, Any]  # an annotation or a result of COCO
 
 
-def image_ious(
-    document: Mapping[str, Any], results: Iterable[Entry], threshold: float = 0.5
-) -> dict[int, float]:
-    """Return for each image with objects the mean, over its objects, of the best IoU that any prediction has with it.
+class ObjectIou(NamedTuple):
+    """The best IoU, 0 to 1, that a prediction of its category has with one object."""
 
-    A prediction counts for the objects of its own category. An object without any counts 0. Predictions where
-    nothing is lower no value, and several objects may share one prediction: the number ranks images and does not
-    replace AP. Crowds are not objects.
+    image_id: int
+    category_id: int
+    iou: float
+
+
+def object_ious(
+    document: Mapping[str, Any], results: Iterable[Entry], threshold: float = 0.5
+) -> list[ObjectIou]:
+    """Return for each object the best IoU of a prediction of its own category in its image, 0 where there is none.
+
+    Several objects may share one prediction. Crowds are not objects.
 
     Args:
         document: COCO ground truth.
@@ -35,9 +43,23 @@ def image_ious(
     for annotation in document["annotations"]:
         if not annotation.get("iscrowd", 0):
             objects[annotation["image_id"], annotation["category_id"]].append(annotation)
+    return [
+        ObjectIou(*pair, iou)
+        for pair, truth in objects.items()
+        for iou in _best_ious(truth, found[pair], sizes[pair[0]])
+    ]
+
+
+def image_ious(
+    document: Mapping[str, Any], results: Iterable[Entry], threshold: float = 0.5
+) -> dict[int, float]:
+    """Return for each image with objects the mean of :func:`object_ious`, in the order of the image ids.
+
+    Predictions where nothing is lower no value: the number ranks images and does not replace AP.
+    """
     best: dict[int, list[float]] = defaultdict(list)
-    for (image_id, category_id), truth in objects.items():
-        best[image_id] += _best_ious(truth, found[image_id, category_id], sizes[image_id])
+    for image_id, _, iou in object_ious(document, results, threshold):
+        best[image_id].append(iou)
     return {image_id: float(np.mean(best[image_id])) for image_id in sorted(best)}
 
 
@@ -45,18 +67,10 @@ def _best_ious(truth: list[Entry], found: list[Entry], size_hw: tuple[int, int])
     if not found:
         return [0.0] * len(truth)
     if all(entry.get("segmentation") for entry in truth + found):
-        truth_shapes: Any = [_run_lengths(entry["segmentation"], size_hw) for entry in truth]
-        found_shapes: Any = [_run_lengths(entry["segmentation"], size_hw) for entry in found]
+        truth_shapes: Any = [compressed_run_lengths(entry["segmentation"], size_hw) for entry in truth]
+        found_shapes: Any = [compressed_run_lengths(entry["segmentation"], size_hw) for entry in found]
     else:
         truth_shapes = np.array([entry["bbox"] for entry in truth], dtype=float)
         found_shapes = np.array([entry["bbox"] for entry in found], dtype=float)
     ious = coco_mask.iou(found_shapes, truth_shapes, [0] * len(truth))
     return [float(value) for value in np.asarray(ious).max(axis=0)]
-
-
-def _run_lengths(segmentation: Any, size_hw: tuple[int, int]) -> Any:
-    """Return polygons or run lengths of either kind as compressed run lengths."""
-    if isinstance(segmentation, Mapping):
-        rle = dict(segmentation)
-        return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
-    return coco_mask.merge(coco_mask.frPyObjects([list(part) for part in segmentation], *size_hw))

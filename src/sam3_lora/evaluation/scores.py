@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sam3_lora.errors import DataError
 from sam3_lora.evaluation.batches import silence
+from sam3_lora.evaluation.images import object_ious
 
 # The module behind this one announces on stdout that the optional TIDE is not installed.
 with silence():
@@ -171,21 +171,12 @@ def _average_precision(evaluation: COCOeval, iou_type: str) -> dict[str, _Column
 
 
 def _mean_iou(truth: COCO, predictions: Iterable[CocoResult]) -> _Column:
-    confident: dict[tuple[int, int], list[Any]] = defaultdict(list)
-    for prediction in predictions:
-        if prediction["score"] >= _CONFIDENT:
-            pair = prediction["image_id"], prediction["category_id"]
-            confident[pair].append(prediction["segmentation"])
-    best: dict[int, list[float]] = {category: [] for category in truth.cats}
-    for annotation in truth.anns.values():
-        if annotation.get("iscrowd", 0):
-            continue
-        found = confident[annotation["image_id"], annotation["category_id"]]
-        overlaps = coco_mask.iou(found, [truth.annToRLE(annotation)], [0]) if found else np.zeros(1)
-        best[annotation["category_id"]].append(float(overlaps.max()))
+    best: dict[int, list[float]] = defaultdict(list)
+    for _, category_id, iou in object_ious(truth.dataset, predictions, _CONFIDENT):
+        best[category_id].append(iou)
     return _Column(
         float(np.mean([iou for values in best.values() for iou in values])),
-        {category: float(np.mean(values)) for category, values in best.items() if values},
+        {category: float(np.mean(values)) for category, values in best.items()},
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from sam3_lora.adapter import WEIGHTS_FILE
@@ -16,6 +15,7 @@ from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import ANNOTATION_FILE, Split, read_split
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.evaluation.scores import CocoResult
+from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.report.history import History, ReportError, read_history
 from sam3_lora.report.page import write_report
 from sam3_lora.report.pictures import choose_pictures
@@ -111,18 +111,17 @@ def _best_validation(run_folder: Path, history: History) -> Measured:
 
 
 def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
-    base, cuda = config["base"], torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    model = load_base(base["name"], device=device)
-    mixed = cuda and config["training"]["amp"] is not False  # as the trainer resolves "auto"
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+    base = config["base"]
+    model = load_base(base["name"])
+    # As the trainer resolves "auto".
+    with bfloat16_on_cuda(model.device, enabled=config["training"]["amp"] is not False):
         result = evaluate_split(
             model,
             valid.folder,
             valid.annotation_file,
             resolution=base["resolution"],
             batch_size=config["training"]["batch_size"],
-            device=device,
+            device=model.device,
         )
     metrics = {name: value for name, value in result.as_dict().items() if name in METRICS}
     return Measured(metrics, result.predictions, _BASE_NOTE)

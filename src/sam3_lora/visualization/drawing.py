@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 
+from sam3_lora.data.coco import compressed_run_lengths
+
 Colour = tuple[int, int, int]
 BoxXyxy = Sequence[float]
 #: ``(H, W)`` bool, or a COCO segmentation of the size of the image: RLE or polygons.
@@ -147,7 +149,10 @@ def _scaled_box(box_xyxy: BoxXyxy, scale: float, size: tuple[int, int]) -> tuple
 
 def _scaled_mask(mask: Mask, image_size: tuple[int, int], size: tuple[int, int]) -> Image.Image:
     """Return the mask at ``size`` (width, height) with smooth edges, 0 or 255."""
-    array = mask if isinstance(mask, np.ndarray) else _decode(mask, image_size)
+    if isinstance(mask, np.ndarray):
+        array = mask
+    else:
+        array = coco_mask.decode(compressed_run_lengths(mask, (image_size[1], image_size[0])))
     if array.shape != (image_size[1], image_size[0]):
         raise ValueError(
             f"the mask has the shape {array.shape}, the image is {image_size[0]} wide and {image_size[1]} high"
@@ -157,19 +162,6 @@ def _scaled_mask(mask: Mask, image_size: tuple[int, int], size: tuple[int, int])
     if enlarged > 1:
         grey = grey.filter(ImageFilter.GaussianBlur(enlarged / 2))  # else every pixel of the mask is a step
     return grey.point([0] * 128 + [255] * 128)
-
-
-def _decode(
-    segmentation: Mapping[str, Any] | Sequence[Sequence[float]], size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    if isinstance(segmentation, Mapping):
-        rle: Any = dict(segmentation)
-        if isinstance(rle["counts"], list):
-            rle = coco_mask.frPyObjects(rle, *rle["size"])
-    else:
-        rle = coco_mask.merge(coco_mask.frPyObjects([list(part) for part in segmentation], size[1], size[0]))
-    array: NDArray[np.uint8] = coco_mask.decode(rle)
-    return array
 
 
 def _blend(pixels: NDArray[np.float32], mask: Image.Image, colour: Colour, alpha: float, line: int) -> None:
