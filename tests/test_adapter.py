@@ -1,6 +1,8 @@
 import copy
 import fnmatch
+import hashlib
 import json
+import shutil
 import stat
 
 import peft
@@ -318,7 +320,7 @@ def test_what_peft_wrapped_is_compared_with_the_plan(base, monkeypatch, moment):
 # --- Saving ---
 
 
-def test_an_adapter_folder_holds_three_files_that_all_can_read(saved):
+def test_an_adapter_folder_holds_four_files_that_all_can_read(saved):
     folder, _ = saved
     assert sorted(path.name for path in folder.iterdir()) == sorted(ADAPTER_FILES)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
@@ -381,7 +383,7 @@ def test_a_failure_while_writing_leaves_the_old_adapter_and_nothing_else(base, t
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sam3_lora.adapter.save_file", full_disk)
+    monkeypatch.setattr("sam3_lora.adapter.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(randomize(base), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -451,7 +453,72 @@ def test_the_card_names_no_preset_that_was_changed(base, tmp_path):
     assert "- Preset: none" in (folder / "README.md").read_text()
 
 
+def test_the_record_tells_what_the_adapter_was_made_with_and_for(base, tmp_path):
+    base.name_or_path = "tiny"
+    adapted = get_peft_sam3(base, "balanced")
+    training = {"epoch": 3, "metrics": {"segm_AP": 0.5}}
+    save_adapter(adapted, tmp_path / "a", prompts=["red circle", "crack"], training=training)
+    record = json.loads((tmp_path / "a" / "sam3_lora.json").read_text())
+    content = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    assert record["weights_sha256"] == hashlib.sha256(content).hexdigest()
+    assert record["versions"].keys() == {"sam3-lora", "sam3", "peft", "torch"}
+    assert record["base_fingerprint"].keys() == set(EVERYTHING["components"])
+    assert {
+        key: record[key] for key in ("base", "preset", "modules", "parameters", "prompts", "training")
+    } == {
+        "base": "tiny",
+        "preset": "balanced",
+        "modules": 68,
+        "parameters": 133_120,
+        "prompts": ["red circle", "crack"],
+        "training": training,
+    }
+
+
 # --- Loading ---
+
+
+def test_what_the_record_says_of_the_training_survives_loading_and_saving_again(base, tmp_path):
+    folder = save_adapter(
+        get_peft_sam3(fresh_copy(base), "minimal"), tmp_path / "a", prompts=["crack"], training={"epoch": 3}
+    )
+    again = save_adapter(load_adapter(base, folder, is_trainable=True), tmp_path / "b")
+    assert (again / "sam3_lora.json").read_bytes() == (folder / "sam3_lora.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(split_attention, id="split attention"),
+        pytest.param(lambda model: model.to(torch.bfloat16), id="bfloat16"),
+        pytest.param(lambda model: model.train(), id="training mode"),
+    ],
+)
+def test_the_same_base_in_another_form_is_no_other_base(variant, saved, base):
+    assert len(adapted_modules(load_adapter(variant(base), saved[0]))) == 68
+
+
+def test_a_base_into_which_the_adapter_was_merged_is_another_base(base, pristine, tmp_path):
+    adapted = randomize(get_peft_sam3(base, "minimal"))
+    folder = save_adapter(adapted, tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    with pytest.raises(AdapterError, match=r"base: detr_decoder of this model is not as in .*only once"):
+        load_adapter(merged, folder)
+
+
+def test_an_adapter_without_a_record_loads_by_its_tensors_alone(saved, base, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "adapter")
+    (folder / "sam3_lora.json").unlink()
+    assert_same(forward(load_adapter(base, folder)), saved[1])
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param("dump.pth", id="the file"), pytest.param("", id="the folder that holds it")]
+)
+def test_a_pickle_is_refused_with_the_reason(path, base, tmp_path):
+    torch.save({"lora_A": torch.ones(2)}, tmp_path / "dump.pth")
+    with pytest.raises(AdapterError, match=r"can run code when .* read"):
+        load_adapter(base, tmp_path / path)
 
 
 def test_a_reloaded_adapter_gives_bit_identical_outputs_and_tensors(saved, base, tmp_path):
@@ -537,6 +604,22 @@ FIRST, LAST = (
 )
 
 
+def edit_record(**changes):
+    def damage(folder):
+        path = folder / "sam3_lora.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def edit_weights_and_forget(edit):
+    def damage(folder):
+        edit_weights(edit)(folder)
+        (folder / "sam3_lora.json").unlink()
+
+    return damage
+
+
 def without(*names):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
 
@@ -552,7 +635,8 @@ def without(*names):
                 lambda t: {**without(FIRST)(t), LAST: t[LAST][:-1], PREFIX + "stray": torch.ones(1)}
             ),
             [
-                "3 problems",
+                "4 problems",
+                "adapter_model.safetensors: not the file that was saved",
                 f"{FIRST}: missing",
                 f"{PREFIX}stray: no place",
                 f"{LAST}: shape (63, 16) in the file, (64",
@@ -564,11 +648,46 @@ def without(*names):
             ["has keys without PEFT's prefix 'base_model.model.'"],
             id="no prefix",
         ),
-        pytest.param(edit_weights(lambda t: {}), ["136 problems", "and 106 more"], id="no tensor at all"),
+        pytest.param(edit_weights(lambda t: {}), ["137 problems", "and 107 more"], id="no tensor at all"),
         pytest.param(edit_config(r=4), ["shape (16, 64) in the file, (4, 64) in the model"], id="another r"),
         pytest.param(
             edit_config(use_dora=True), ["lora_magnitude_vector: missing"], id="another kind of LoRA"
         ),
+        pytest.param(
+            edit_weights(lambda t: {**t, LAST: t[LAST] + 1e-3}),
+            ["adapter_model.safetensors: not the file that was saved", "delete sam3_lora.json"],
+            id="another value in one tensor",
+        ),
+        pytest.param(
+            edit_weights_and_forget(lambda t: {**t, LAST: t[LAST] / 0}),
+            [f"{LAST}: holds NaN or infinity"],
+            id="not a number",
+        ),
+        pytest.param(edit_config(lora_alpha=99), ["r or lora_alpha are not those"], id="another alpha"),
+        pytest.param(
+            edit_config(target_modules=r"transformer\.decoder\.layers\.0\.linear1"),
+            ["linear1.lora_A.weight: missing", "no place in the model", "modules, r or lora_alpha are not"],
+            id="other targets",
+        ),
+        pytest.param(
+            edit_record(component_map_version=99, versions={"sam3": "9.9.1", "sam3-lora": "7.0"}),
+            [
+                "2 problems",
+                "component map: the adapter has version 99, this sam3-lora 1; load it with sam3-lora 7.0",
+                "sam3: the adapter was trained with 9.9.1, here is",
+            ],
+            id="other versions",
+        ),
+        pytest.param(
+            edit_record(base_fingerprint={"detr_decoder": "0", "scoring": "1", "unheard_of": "2"}),
+            ["base: detr_decoder, scoring of this model is not as in"],
+            id="another base",
+        ),
+        pytest.param(
+            edit_record(format_version=9), ["in a format that this one", "install the newer one"], id="newer"
+        ),
+        pytest.param(edit_record(format_version=None), ["sam3_lora.json' is damaged"], id="no format"),
+        pytest.param(cut_short("sam3_lora.json"), ["sam3_lora.json' is damaged"], id="half a record"),
         pytest.param(edit_config(peft_type="IA3"), ["only LoRA can be loaded"], id="not LoRA"),
         pytest.param(edit_config(peft_type="LORE"), ["adapter_config.json' is damaged"], id="unknown method"),
         pytest.param(edit_config(target_modules="nothing"), ["does not fit this model"], id="no target"),

@@ -27,7 +27,7 @@ from sam3_lora.training.progress import PROGRESS_FILE
 from sam3_lora.training.trainer import METRICS, LoraTrainer
 
 CONFIGS = ("minimal", "balanced", "full", "demo")
-ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "sam3_lora.json")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,23 @@ def test_a_run_leaves_the_files_that_the_documentation_names(run):
         "coco_predictions_bbox.json",
         "coco_predictions_segm.json",
     }
+
+
+def test_the_record_of_an_adapter_tells_what_it_was_trained_on_and_what_it_reached(run):
+    records = {
+        name: json.loads((run[0].output / "adapters" / name / "sam3_lora.json").read_text())
+        for name in ("best", "last")
+    }
+    reached = json.loads((run[0].output / "logs" / "best_metrics.json").read_text())
+    shared = {"epochs": 2, "images": 12, "seed": 0, "best_metric": "segm_AP"}
+    assert records["last"]["training"] == {"epoch": 2, **shared}
+    assert records["best"]["training"] == {
+        "epoch": reached["epoch"],
+        **shared,
+        "metrics": {name: reached[name] for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")},
+    }
+    assert records["best"]["base"] == "tiny"
+    assert records["best"]["prompts"] == ["purple cross", "orange hexagon", "cyan crescent"]
 
 
 def test_the_log_says_how_much_is_trained(run):

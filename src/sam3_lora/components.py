@@ -14,6 +14,9 @@ from typing import Literal, get_args
 
 from sam3_lora.errors import ConfigError, TargetError, as_report, did_you_mean
 
+# Raise it when a name or pattern below changes: adapters record it, and load only where it is the same.
+COMPONENT_MAP_VERSION = 1
+
 Component = Literal[
     "vision_encoder",
     "text_encoder",
@@ -70,6 +73,19 @@ PATTERNS: Mapping[Component, Mapping[Kind, str]] = MappingProxyType(
             "mlp": r"dot_prod_scoring\.prompt_mlp\.layers\.\d+",
             "proj": r"dot_prod_scoring\.(prompt_proj|hs_proj)",
         },
+    }
+)
+
+# What the names of all parameters of a component begin with.
+ROOTS: Mapping[Component, tuple[str, ...]] = MappingProxyType(
+    {
+        "vision_encoder": ("backbone.vision_backbone.trunk.", "backbone.vision_backbone.convs."),
+        "text_encoder": ("backbone.language_backbone.",),
+        "geometry_encoder": ("geometry_encoder.",),
+        "detr_encoder": ("transformer.encoder.",),
+        "detr_decoder": ("transformer.decoder.",),
+        "segmentation_head": ("segmentation_head.",),
+        "scoring": ("dot_prod_scoring.",),
     }
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
@@ -151,16 +153,26 @@ class LoraTrainer(Trainer):
             )
         super()._load_resuming_checkpoint(ckpt_path)
 
-    def _save_adapters(self, names: list[str]) -> None:
-        if self.distributed_rank == 0:
-            for name in names:
-                save_adapter(unwrap_ddp_if_wrapped(self.model), self._adapter_dir / name)
+    def _save_adapters(self, names: list[str], metrics: Mapping[str, float] | None = None) -> None:
+        if self.distributed_rank != 0:
+            return
+        training = {"epoch": int(self.epoch) + 1, "epochs": self.max_epochs, **self._about_run}
+        training |= {"metrics": dict(metrics)} if metrics else {}
+        for name in names:
+            save_adapter(
+                unwrap_ddp_if_wrapped(self.model),
+                self._adapter_dir / name,
+                prompts=self._prompts,
+                training=training,
+            )
 
     def _setup_components(self) -> None:
         # Once, since it reads the annotations and asks for the size of every image.
         self._fingerprint: Fingerprint = fingerprint_of_run(
             {**self._settings, "processes": torch.distributed.get_world_size()}
         )
+        self._prompts, images = _prompts_and_images(self.data_conf)
+        self._about_run = {"images": images, "seed": self._seed, "best_metric": self._best_metric}
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
@@ -210,7 +222,7 @@ class LoraTrainer(Trainer):
         # Plain numbers: a numpy scalar would make the checkpoint unreadable for the official resume.
         self.best_meter_values["best"] = value
         self.best_meter_values["best_epoch"] = int(self.epoch) + 1
-        self._save_adapters(["best"])
+        self._save_adapters(["best"], metrics)
         best = {"epoch": int(self.epoch) + 1, "best_metric": self._best_metric, **metrics}
         write_json_atomic(self._logs / BEST_METRICS_FILE, best)
         self._keep_dumps()
@@ -242,6 +254,15 @@ def _own_errors_reported(logs: Path) -> Iterator[None]:
             logs.mkdir(parents=True, exist_ok=True)
             append_event(logs, "error", message=str(cause))
         raise
+
+
+def _prompts_and_images(data: Any) -> tuple[list[str], int]:
+    """Return the prompts of the training data, and the number of its images."""
+    annotation_file = OmegaConf.select(OmegaConf.create(data), "train.dataset.ann_file")
+    if annotation_file is None:  # a dataset of another kind
+        return [], 0
+    document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
+    return [category["name"] for category in document["categories"]], len(document["images"])
 
 
 def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -1,0 +1,50 @@
+"""Copies of a module tree that share what need not be copied: without weights, or around the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree with all parameters on the meta device."""
+    return copy_model(model, _on_meta)
+
+
+def copy_model(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
+    """Return a copy of the module tree with each parameter passed through a function; other attributes are shared.
+
+    ``copy.deepcopy`` would copy the buffers, the tokenizer and whatever a forward has cached.
+    """
+    copies: dict[nn.Module, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return nn.Module()  # transforms of the tracker's images: no targets, and not copied this way
+        if module not in copies:
+            twin = copies[module] = module.__new__(type(module))
+            # Dicts are copied too: they hold the hooks and buffers, which are each module's own.
+            twin.__dict__ = {
+                n: copy.copy(v) if isinstance(v, dict) else v for n, v in module.__dict__.items()
+            }
+            twin._parameters = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
+            twin._modules = {n: m if m is None else copied(m) for n, m in module._modules.items()}
+        return copies[module]
+
+    return copied(model)
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+
+
+def cloned(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def in_same_memory(parameter: nn.Parameter) -> nn.Parameter:
+    # A parameter of its own, because PEFT freezes what it wraps, and torch has other kernels for frozen attention.
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

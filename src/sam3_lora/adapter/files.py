@@ -1,0 +1,314 @@
+"""Adapter folders: PEFT's own format with our record and card beside it, written whole and loaded strictly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sam3_lora.adapter.copies import cloned, copy_model, in_same_memory, without_weights
+from sam3_lora.adapter.injection import INIT_FROM_WEIGHTS, try_on, wrap
+from sam3_lora.adapter.layers import (
+    PREFIX,
+    Origin,
+    adapter_tensors,
+    base_parameters,
+    config_of,
+    inner_model,
+    origin_of,
+    refuse_adapted,
+    remember_origin,
+    strengths_of,
+)
+from sam3_lora.attention import split_attention
+from sam3_lora.errors import AdapterError, ConfigError, OutputError, as_report
+from sam3_lora.fingerprint import base_fingerprint, changed_components
+from sam3_lora.model_card import model_card
+from sam3_lora.output import replaced_folder
+from sam3_lora.plan import preset_of
+from sam3_lora.record import (
+    RECORD_FILE,
+    AdapterRecord,
+    file_digest,
+    read_record,
+    strengths_digest,
+    version_problems,
+)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+CARD_FILE = "README.md"
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, RECORD_FILE, CARD_FILE)
+
+_PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What an adapter folder holds; ``record`` is ``None`` where plain PEFT wrote it."""
+
+    folder: Path
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+    record: AdapterRecord | None
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    prompts: Sequence[str] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter in PEFT's format, with a record of its making and a model card, and return the folder.
+
+    The folder appears whole: it is written beside its place and renamed. An adapter that is there is
+    replaced. Plain PEFT loads it with ``PeftModel.from_pretrained(split_attention(base), folder)``.
+
+    Args:
+        model: A ``PeftModel``, or the ``Sam3Image`` inside one.
+        folder: Where to write; parents are made.
+        adapter_name: Which adapter to write.
+        prompts: What it was trained to find, for the record; ``None`` keeps those that it was loaded with.
+        training: Summary of the training as JSON values, for the record; ``None`` as above.
+
+    Raises:
+        AdapterError: If the model has no adapter of that name.
+        OutputError: If something else than an adapter is at ``folder``.
+    """
+    inner = inner_model(model)
+    config = copy.deepcopy(config_of(inner, adapter_name))
+    config.inference_mode = True  # as PEFT saves it: a loaded adapter is frozen unless asked for
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in adapter_tensors(inner, adapter_name).items()
+    }
+    origin = _origin(inner, adapter_name, config, prompts, training)
+    made_for = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__}
+    folder = Path(folder)
+    _refuse_to_replace(folder)
+    with replaced_folder(folder.resolve()) as new:
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(new), auto_mapping_dict=made_for)
+        record = _record(inner, adapter_name, origin, tensors, new)
+        (new / RECORD_FILE).write_text(record.as_json(), encoding="utf-8")
+        (new / CARD_FILE).write_text(_card(inner, adapter_name, record), encoding="utf-8")
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+    return folder
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, adapter_name: str = "default", *, is_trainable: bool = False
+) -> PeftModel:
+    """Load a saved adapter into a base model, in place, and return the ``PeftModel`` around it.
+
+    Attention is split first if need be. Every tensor of the file must have its place in the model and every
+    place its tensor. Where the folder has a record, the files must be as they were saved, the base must have the
+    weights that the adapter was trained on, and the versions must match. All of this is found out on a copy without
+    weights, so that ``model`` is as it was if anything is raised.
+
+    Args:
+        model: The base that the adapter was trained on, without an adapter.
+        folder: A folder written by :func:`save_adapter` or by PEFT.
+        adapter_name: The name it gets in the model; need not be the name it was saved under.
+        is_trainable: Train it further; otherwise it is frozen and the model put in eval mode, as PEFT does.
+
+    Raises:
+        AdapterError: If files are missing, damaged or changed, tensors do not fit, or base or versions are others;
+            lists all of it.
+    """
+    refuse_adapted(model)
+    saved = _read_adapter(Path(folder))
+    config, fingerprint = saved.config, base_fingerprint(model.named_parameters())
+    config.inference_mode = not is_trainable
+    recorded_base = config.base_model_name_or_path
+    _refuse_misfits(saved, model, adapter_name, fingerprint)
+
+    adapted = wrap(split_attention(model), config, adapter_name)
+    result: Any = set_peft_model_state_dict(adapted, dict(saved.tensors), adapter_name)
+    if result.unexpected_keys:
+        raise AdapterError(f"PEFT left out tensors of {str(folder)!r}: {as_report(result.unexpected_keys)}")
+    config.base_model_name_or_path = config.base_model_name_or_path or recorded_base
+    about = (saved.record.prompts, saved.record.training) if saved.record else ()
+    remember_origin(adapted, adapter_name, Origin(fingerprint, *about))
+    return adapted if is_trainable else adapted.eval()
+
+
+def load_adapter_beside(model: nn.Module, folder: str | Path) -> PeftModel:
+    """Load a saved adapter, frozen, into a copy of a base that shares the base's weights, and return the ``PeftModel``.
+
+    ``model`` stays as it is, so that one base in memory serves itself and any number of adapters. Weights that an
+    adapter replaces (``modules_to_save``) are its own; one that changes base weights in place (trained biases, PiSSA
+    and its like) gets a full copy. Errors as in :func:`load_adapter`.
+    """
+    refuse_adapted(model)
+    config = _read_adapter(Path(folder)).config
+    return load_adapter(copy_model(model, cloned if _changes_base(config) else in_same_memory), folder)
+
+
+def recorded_base(folder: str | Path) -> str:
+    """Return the name of the base model that a saved adapter was made for.
+
+    Raises:
+        AdapterError: If files are missing or damaged, or the base was not recorded.
+    """
+    config = _read_adapter(Path(folder)).config
+    if not config.base_model_name_or_path:
+        raise AdapterError(f"{str(folder)!r} does not say which base it was made for; name it with base=")
+    return str(config.base_model_name_or_path)
+
+
+def _changes_base(config: LoraConfig) -> bool:
+    """Whether an adapter of this kind changes weights of the base in place."""
+    return config.bias != "none" or str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS)
+
+
+def _read_adapter(folder: Path) -> _Saved:
+    _refuse_other_kinds(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{str(folder / CONFIG_FILE)!r} is damaged: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{str(folder)!r} holds a {config.peft_type} adapter; only LoRA can be loaded")
+    try:
+        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise AdapterError(f"{str(folder / WEIGHTS_FILE)!r} is damaged: {error}") from error
+    if tensors and not any(name.startswith(PREFIX) for name in tensors):
+        raise AdapterError(
+            f"{str(folder / WEIGHTS_FILE)!r} has keys without PEFT's prefix {PREFIX!r}; PEFT would ignore them"
+        )
+    return _Saved(folder, config, tensors, read_record(folder))
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Raise if this is no folder with an adapter's files, and say what it is instead where that can be told."""
+    if folder.is_file():
+        raise AdapterError(
+            f"{str(folder)!r} is a file. An adapter is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}; pickles such as "
+            ".pth can run code when they are read and do not say which modules they belong to, so they are not loaded"
+        )
+    missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / name).is_file()]
+    if not missing:
+        return
+    hint = ""
+    if (folder / "adapters").is_dir():
+        hint = f"; did you mean {str(folder / 'adapters' / 'best')!r}?"
+    elif pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        hint = f"; {pickles[0]} is a pickle, which can run code when it is read: save as safetensors"
+    raise AdapterError(
+        f"{str(folder)!r} is not an adapter folder: it has no {' and no '.join(missing)}{hint}"
+    )
+
+
+def _refuse_misfits(
+    saved: _Saved, model: nn.Module, adapter_name: str, fingerprint: Mapping[str, str]
+) -> None:
+    """Raise with everything that speaks against loading, found on a copy of the model without weights."""
+    problems = [] if saved.record is None else _against_record(saved, saved.record, fingerprint)
+    try:
+        trial = inner_model(try_on(split_attention(without_weights(model)), saved.config, adapter_name))
+    except ConfigError as error:
+        problems.append(str(error))
+    else:
+        if saved.record and saved.record.strengths != strengths_digest(strengths_of(trial, adapter_name)):
+            problems.append(
+                f"{CONFIG_FILE}: modules, r or lora_alpha are not those that the adapter was saved with"
+            )
+        problems += _tensor_problems(saved.tensors, adapter_tensors(trial, adapter_name))
+    if problems:
+        raise AdapterError(f"{str(saved.folder)!r} does not fit this model: {as_report(problems)}")
+
+
+def _against_record(saved: _Saved, record: AdapterRecord, fingerprint: Mapping[str, str]) -> list[str]:
+    problems = version_problems(record)
+    if record.weights_sha256 != file_digest(saved.folder / WEIGHTS_FILE):
+        problems.append(
+            f"{WEIGHTS_FILE}: not the file that was saved; copy it again, or delete {RECORD_FILE} if you changed it"
+        )
+    if changed := changed_components(record.base_fingerprint, fingerprint):
+        problems.append(
+            f"base: {', '.join(changed)} of this model is not as in {record.base or 'the base'!r}, which the adapter was "
+            "trained on; load it into that one, and only once (PEFT's PeftModel.from_pretrained does not compare)"
+        )
+    return problems
+
+
+def _tensor_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    missing = [f"{name}: missing in the file" for name in wanted if name not in found]
+    unexpected = [f"{name}: no place in the model" for name in found if name not in wanted]
+    misshaped = [
+        f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(wanted[name].shape)} in the model"
+        for name, tensor in found.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    not_finite = [
+        f"{name}: holds NaN or infinity" for name, t in found.items() if not torch.isfinite(t).all()
+    ]
+    return missing + unexpected + misshaped + not_finite
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Raise if anything but an adapter would be lost."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} is a file, which an adapter would replace; choose another place")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ADAPTER_FILES)
+    if foreign:
+        raise OutputError(f"{str(folder)!r} holds {foreign}, which an adapter would replace; choose another")
+
+
+def _origin(
+    inner: nn.Module,
+    adapter_name: str,
+    config: LoraConfig,
+    prompts: Sequence[str] | None,
+    training: Mapping[str, Any] | None,
+) -> Origin:
+    """Return what the model remembers of the adapter, with what the caller knows better."""
+    origin = origin_of(inner, adapter_name)
+    if origin is None:  # it was added by plain PEFT
+        origin = Origin({} if _changes_base(config) else base_fingerprint(base_parameters(inner)))
+    return Origin(
+        origin.base_fingerprint,
+        origin.prompts if prompts is None else tuple(prompts),
+        origin.training if training is None else dict(training),
+    )
+
+
+def _record(
+    inner: nn.Module, adapter_name: str, origin: Origin, tensors: Mapping[str, Tensor], folder: Path
+) -> AdapterRecord:
+    modules = strengths_of(inner, adapter_name)
+    return AdapterRecord(
+        base=config_of(inner, adapter_name).base_model_name_or_path,
+        base_fingerprint=origin.base_fingerprint,
+        preset=preset_of(modules, (name for name, _ in inner.named_modules())),
+        modules=len(modules),
+        strengths=strengths_digest(modules),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        weights_sha256=file_digest(folder / WEIGHTS_FILE),
+        prompts=origin.prompts,
+        training=origin.training,
+    )
+
+
+def _card(inner: nn.Module, adapter_name: str, record: AdapterRecord) -> str:
+    return model_card(
+        base_model=record.base,
+        preset=record.preset,
+        modules=strengths_of(inner, adapter_name),
+        parameters=record.parameters,
+    )

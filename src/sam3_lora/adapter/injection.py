@@ -1,0 +1,102 @@
+"""A fresh adapter in a base, tried on a copy without weights first."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from sam3_lora.adapter.copies import without_weights
+from sam3_lora.adapter.layers import Origin, inner_model, refuse_adapted, remember_origin, strengths_of
+from sam3_lora.attention import split_attention
+from sam3_lora.errors import ConfigError, TargetError, as_report
+from sam3_lora.fingerprint import base_fingerprint
+from sam3_lora.plan import Plan, make_plan
+from sam3_lora.presets import Preset, get_preset
+
+_LORA_FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.init)
+
+# These need the weights to start from; the trial on the meta device has only shapes.
+INIT_FROM_WEIGHTS = ("pissa", "olora", "orthogonal", "eva", "corda", "loftq", "lora_ga")
+
+
+def get_peft_sam3(
+    model: nn.Module, preset: str | Preset = "balanced", *, adapter_name: str = "default", **overrides: Any
+) -> PeftModel:
+    """Add a fresh LoRA adapter to a SAM3 image model, in place, and return the ``PeftModel`` around it.
+
+    Attention is split, the base is frozen and LoRA weights are fp32 even on a bf16 base. The output stays
+    the same until the adapter is trained. ``.get_base_model()`` of the result is ``model`` itself with its
+    official parameter names: give that one to the trainer. A copy without weights is adapted first, so that
+    ``model`` is as it was if anything is raised.
+
+    Args:
+        model: A ``Sam3Image`` with its weights loaded; its ``name_or_path`` is recorded as the base model.
+        preset: A name from :data:`sam3_lora.presets.PRESETS`, or a preset of your own.
+        adapter_name: PEFT's name for the adapter.
+        **overrides: ``components`` and ``kinds`` to adapt; ``r`` and ``lora_alpha``, a number or one per
+            component; and every other field of PEFT's ``LoraConfig``. ``target_modules`` replaces components
+            and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
+
+    Raises:
+        ConfigError: For unknown presets and overrides, and values out of range; all at once.
+        TargetError: If a requested module does not exist, is dead, or was not wrapped as requested.
+        AdapterError: If the model has an adapter already.
+    """
+    refuse_adapted(model)
+    preset = get_preset(preset) if isinstance(preset, str) else preset
+    trial = split_attention(without_weights(model))
+    plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
+    _check_wrapped(try_on(trial, _lora_config(plan), adapter_name), adapter_name, plan)
+
+    if "base_model_name_or_path" in plan.lora_config:
+        model.name_or_path = plan.lora_config["base_model_name_or_path"]
+    origin = Origin(base_fingerprint(model.named_parameters()))  # now: PiSSA and its like change the base
+    adapted = wrap(split_attention(model), _lora_config(plan), adapter_name)
+    _check_wrapped(adapted, adapter_name, plan)
+    remember_origin(adapted, adapter_name, origin)
+    return adapted
+
+
+def _lora_config(plan: Plan) -> LoraConfig:
+    try:
+        return LoraConfig(**plan.lora_config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"PEFT refuses these settings: {error}") from error
+
+
+def try_on(trial: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
+    """Wrap a model without weights, so that whatever PEFT refuses is known before the real one is touched."""
+    config = copy.deepcopy(config)
+    if str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
+        config.init_lora_weights = True
+    try:
+        return wrap(trial, config, adapter_name, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise ConfigError(f"PEFT refuses these settings: {error}") from error
+
+
+def wrap(
+    model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False
+) -> PeftModel:
+    config.base_model_name_or_path = None  # PEFT takes it from the model, and warns about any other
+    adapted = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert isinstance(adapted, PeftModel)  # a PeftMixedModel only comes with mixed=True
+    return adapted
+
+
+def _check_wrapped(adapted: PeftModel, adapter_name: str, plan: Plan) -> None:
+    """Compare what PEFT wrapped, and how strongly, with the plan."""
+    found = strengths_of(inner_model(adapted), adapter_name)
+    problems = [f"{name}: not wrapped" for name in plan.modules if name not in found]
+    problems += [f"{name}: wrapped without being asked for" for name in found if name not in plan.modules]
+    problems += [
+        f"{name}: {found[name]}, asked for {wanted}"
+        for name, wanted in plan.modules.items()
+        if found.get(name, wanted) != wanted
+    ]
+    if problems:
+        raise TargetError(f"PEFT did not wrap the modules as requested: {as_report(problems)}")

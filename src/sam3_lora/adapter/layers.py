@@ -1,0 +1,121 @@
+"""What is in an adapted model: its base, its adapted modules, their strengths and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from sam3_lora.errors import AdapterError
+from sam3_lora.plan import Strength
+
+PREFIX = "base_model.model."  # of every key in PEFT's file format
+
+_BASE_CHILDREN = ("base_layer.", "original_module.")
+_ORIGINS = "_sam3_lora_origins"
+
+
+class ParameterCount(NamedTuple):
+    """How many numbers a model holds. ``total`` counts the base and its adapters, as PEFT does."""
+
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapted model remembers of one adapter for its record: the base before it, and what it was trained on."""
+
+    base_fingerprint: Mapping[str, str]
+    prompts: Sequence[str] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the ``Sam3Image`` of a ``PeftModel``, or the model itself.
+
+    Attributes set on a ``PeftModel``, and its ``.to()``, do not reach what the inner model remembers.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    inner: nn.Module = model.get_base_model()
+    return inner
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Return the official names of the modules that carry an adapter, in the order of the model.
+
+    Args:
+        model: A ``PeftModel``, or the model inside one; a model without adapters gives an empty list.
+    """
+    return [name for name, module in inner_model(model).named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the trainable and all parameters of a model, each shared parameter once."""
+    parameters = list(model.parameters())
+    return ParameterCount(
+        sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    )
+
+
+def strengths_of(inner: nn.Module, adapter_name: str) -> dict[str, Strength]:
+    return {
+        name: Strength(module.r[adapter_name], module.lora_alpha[adapter_name])
+        for name, module in inner.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+
+
+def base_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of the base inside an adapted model under the names that they have without adapters."""
+    wrapped = {
+        n: m for n, m in inner.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
+    for name, parameter in inner.named_parameters():
+        owner = next((w for w in wrapped if name.startswith(f"{w}.")), None)
+        if owner is None:
+            yield name, parameter
+        elif (own := name.removeprefix(f"{owner}.")).startswith(_BASE_CHILDREN):
+            yield f"{owner}.{own.partition('.')[2]}", parameter
+
+
+def remember_origin(model: nn.Module, adapter_name: str, origin: Origin) -> None:
+    inner = inner_model(model)
+    setattr(inner, _ORIGINS, {**getattr(inner, _ORIGINS, {}), adapter_name: origin})
+
+
+def origin_of(inner: nn.Module, adapter_name: str) -> Origin | None:
+    origins: Mapping[str, Origin] = getattr(inner, _ORIGINS, {})
+    return origins.get(adapter_name)
+
+
+def config_of(inner: nn.Module, adapter_name: str) -> LoraConfig:
+    configs: Mapping[str, LoraConfig] = getattr(inner, "peft_config", {})
+    if adapter_name not in configs:
+        raise AdapterError(f"this model has no adapter {adapter_name!r}; it has {sorted(configs) or 'none'}")
+    return configs[adapter_name]
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the adapter's tensors under the keys of PEFT's file format."""
+    # "auto" would ask the Hub whether the base model's embeddings have been resized.
+    tensors = get_peft_model_state_dict(
+        inner_model(model), adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return {PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    adapted = adapted_modules(model)
+    if isinstance(model, PeftModel) or adapted:
+        raise AdapterError(
+            f"this model has an adapter already, on {len(adapted)} modules; "
+            "start from a fresh base, or take it out with unload() of its PeftModel"
+        )
