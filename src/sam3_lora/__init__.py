@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.launch import TrainResult as TrainResult
     from sam3_lora.training.launch import TrainSettings as TrainSettings
+    from sam3_lora.verification import Verification as Verification
+    from sam3_lora.verification import verify_adapter as verify_adapter
 
 __version__ = version("sam3-lora")
 
@@ -50,6 +52,7 @@ _MODULES = {
     "Sam3LoraError": "errors",
     "TrainResult": "training.launch",
     "TrainSettings": "training.launch",
+    "Verification": "verification",
     "adapted_modules": "adapter",
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
@@ -66,6 +69,7 @@ _MODULES = {
     "save_adapter": "adapter",
     "split_attention": "attention",
     "train": "finetune",
+    "verify_adapter": "verification",
 }
 
 __all__ = [*_MODULES]

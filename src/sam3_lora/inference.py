@@ -95,7 +95,7 @@ class Predictor:
         inner = inner_model(model)
         if not isinstance(inner, Sam3Image):
             raise ConfigError(f"a Predictor needs a Sam3Image, got a {type(inner).__name__}; see load_base")
-        side = _resolution(inner)
+        side = resolution_of(inner)
         problems = _threshold_problems(threshold)
         if resolution not in (None, side):
             problems.append(f"resolution {resolution!r}: this model takes {side}")
@@ -224,7 +224,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _resolution(model: Sam3Image) -> int:
+def resolution_of(model: Sam3Image) -> int:
     """Return the side of the square that the image encoder was built for; its RoPE tables fit no other."""
     trunk: Any = model.backbone.vision_backbone.trunk
     tokens = max(block.attn.input_size[0] for block in trunk.blocks)  # of a global block; windows are smaller

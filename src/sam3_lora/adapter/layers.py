@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -71,6 +72,43 @@ def strengths_of(inner: nn.Module, adapter_name: str) -> dict[str, Strength]:
         for name, module in inner.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+
+
+def adapter_layers(inner: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Return the LoRA layers that hold an adapter, by the official name of the module that they wrap.
+
+    Raises:
+        AdapterError: If there is no such adapter, it is not LoRA, or it is merged into the base.
+    """
+    config_of(inner, adapter_name)
+    layers: dict[str, Any] = {
+        n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r
+    }
+    if not layers:
+        raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer")
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise AdapterError(
+            f"adapter {adapter_name!r} is merged into the base, in {len(merged)} of {len(layers)} modules; "
+            "call unmerge_adapter() of its PeftModel first"
+        )
+    return layers
+
+
+def adapter_parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the tensors of an adapter in one layer by their names in it, such as ``lora_A.default.weight``."""
+    inside = tuple(f"{container}.{adapter_name}" for container in layer.adapter_layer_names)
+    return {n: p for n, p in layer.named_parameters() if n.startswith(inside)}
+
+
+def set_weight_change(layer: Any, adapter_name: str, size: float, generator: torch.Generator) -> None:
+    """Give ``lora_B`` random values, so that the weight changes by ``size`` times its own norm (1, if it is zero)."""
+    b: nn.Parameter = layer.lora_B[adapter_name].weight
+    with torch.no_grad():
+        b.copy_(torch.randn(b.shape, generator=generator))
+        weight: Tensor = layer.get_base_layer().weight
+        norm = weight.detach().float().norm() if weight.is_floating_point() else torch.ones(())
+        change = layer.get_delta_weight(adapter_name).float().norm()
+        b.mul_((size * (norm if norm > 0 else torch.ones_like(norm)) / change).to(b.dtype))
 
 
 def base_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:

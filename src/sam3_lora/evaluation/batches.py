@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from sam3_lora.base.cpu import provide_triton
@@ -27,6 +29,7 @@ from sam3.train.data.sam3_image_dataset import (  # noqa: E402
     Datapoint,
     FindQueryLoaded,
     InferenceMetadata,
+    Object,
     Sam3ImageDataset,
 )
 from sam3.train.data.sam3_image_dataset import Image as DatapointImage  # noqa: E402
@@ -93,6 +96,47 @@ def make_datapoint(image: Image.Image, prompts: Sequence[str]) -> Any:
     ]
     picture = DatapointImage(data=image.convert("RGB"), objects=[], size=size_hw)
     return Datapoint(find_queries=queries, images=[picture])
+
+
+def probe_batch(
+    image: NDArray[np.uint8],
+    masks: NDArray[np.bool_],
+    boxes_xyxy: NDArray[np.float32],
+    *,
+    shown: str,
+    absent: str,
+    resolution: int,
+    device: str | torch.device,
+) -> Any:
+    """Return an official batch with targets: one image asked for what it shows, for that by an example, and for more.
+
+    Args:
+        image: ``(H, W, 3)`` RGB.
+        masks: ``(N, H, W)`` of the objects.
+        boxes_xyxy: ``(N, 4)`` of the objects, in pixels; the first is the example.
+        shown: The prompt that all objects belong to; asked without and with the example.
+        absent: A prompt that no object belongs to.
+        resolution: Side in pixels that the image is resized to.
+        device: Where to put the batch.
+    """
+    datapoint = make_datapoint(Image.fromarray(image), [shown, shown, absent])
+    datapoint.images[0].objects = [
+        Object(
+            bbox=torch.tensor(box),
+            area=float(mask.sum()),
+            object_id=i,
+            frame_index=0,
+            segment=torch.tensor(mask),
+        )
+        for i, (box, mask) in enumerate(zip(boxes_xyxy, masks, strict=True))
+    ]
+    for query in datapoint.find_queries[:2]:
+        query.object_ids_output = list(range(len(masks)))
+    datapoint.find_queries[1].input_bbox = torch.tensor(boxes_xyxy[:1])
+    datapoint.find_queries[1].input_bbox_label = torch.ones(1, dtype=torch.bool)
+    datapoint = official_transforms(resolution)(datapoint)
+    batch = collate_fn_api([datapoint], dict_key="all", with_seg_masks=True)["all"]
+    return copy_data_to_device(batch, torch.device(device))
 
 
 def forward(model: Sam3Image, datapoints: list[Any], device: str | torch.device) -> tuple[Any, Any]:
