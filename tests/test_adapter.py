@@ -190,6 +190,13 @@ def test_the_base_model_inside_is_the_model_itself_with_its_official_parameter_n
         assert fnmatch.filter(names, pattern)
 
 
+def test_adding_an_adapter_copies_no_tensor_of_the_base(base):
+    places = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
+    get_peft_sam3(base, "full")
+    after = {p.untyped_storage().data_ptr() for name, p in base.named_parameters() if ".lora_" not in name}
+    assert after == places
+
+
 def test_attention_that_is_split_already_is_fine(base):
     assert len(adapted_modules(get_peft_sam3(split_attention(base), "minimal"))) == 42
 
@@ -309,11 +316,11 @@ def test_what_peft_wrapped_is_compared_with_the_plan(base, monkeypatch, moment):
 
     def skips_one(self, config, adapter_name, target, target_name, parent, current_key, **options):
         in_trial = target.weight.is_meta
-        if current_key != "transformer.decoder.layers.1.linear2" or in_trial != (moment == "in the trial"):
+        if current_key != "transformer.decoder.layers.0.linear2" or in_trial != (moment == "in the trial"):
             original(self, config, adapter_name, target, target_name, parent, current_key, **options)
 
     monkeypatch.setattr(peft.tuners.lora.LoraModel, "_create_and_replace", skips_one)
-    with pytest.raises(TargetError, match=r"transformer\.decoder\.layers\.1\.linear2: not wrapped"):
+    with pytest.raises(TargetError, match=r"transformer\.decoder\.layers\.0\.linear2: not wrapped"):
         get_peft_sam3(base, "minimal")
 
 

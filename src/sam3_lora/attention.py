@@ -170,11 +170,18 @@ def _is_split(module: nn.Module) -> bool:
 
 def _third_as_linear(weight: nn.Parameter, bias: nn.Parameter | None, index: int) -> nn.Linear:
     """Return a Linear whose parameters are views of the third ``index`` of the fused ones."""
-    width = weight.shape[1]
-    linear = nn.Linear(width, width, bias=bias is not None, device="meta")
+    linear = nn.Linear.__new__(
+        nn.Linear
+    )  # its constructor would draw values for all parameters, to be thrown away
+    nn.Module.__init__(linear)
+    linear.in_features = linear.out_features = weight.shape[1]
     linear.weight = nn.Parameter(weight.detach().chunk(3)[index], requires_grad=weight.requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().chunk(3)[index], requires_grad=bias.requires_grad)
+    third = (
+        None
+        if bias is None
+        else nn.Parameter(bias.detach().chunk(3)[index], requires_grad=bias.requires_grad)
+    )
+    linear.register_parameter("bias", third)
     return linear
 
 

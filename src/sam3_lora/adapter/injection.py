@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,7 +51,8 @@ def get_peft_sam3(
     preset = get_preset(preset) if isinstance(preset, str) else preset
     trial = split_attention(without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
-    _check_wrapped(try_on(trial, _lora_config(plan), adapter_name), adapter_name, plan)
+    sample = _one_of_each_kind(trial, plan)
+    _check_wrapped(try_on(trial, _lora_config(sample), adapter_name), adapter_name, sample)
 
     if "base_model_name_or_path" in plan.lora_config:
         model.name_or_path = plan.lora_config["base_model_name_or_path"]
@@ -59,6 +61,17 @@ def get_peft_sam3(
     _check_wrapped(adapted, adapter_name, plan)
     remember_origin(adapted, adapter_name, origin)
     return adapted
+
+
+def _one_of_each_kind(model: nn.Module, plan: Plan) -> Plan:
+    """Return the plan for the first module of each class, shape and strength: PEFT refuses all of a kind or none."""
+    kinds: dict[Any, str] = {}
+    for name, strength in plan.modules.items():
+        module = model.get_submodule(name)
+        shapes = tuple(p.shape for p in module.parameters(recurse=False))
+        kinds.setdefault((type(module), shapes, strength), name)
+    modules = {name: plan.modules[name] for name in kinds.values()}
+    return Plan(modules, {**plan.lora_config, "target_modules": "|".join(map(re.escape, modules))})
 
 
 def _lora_config(plan: Plan) -> LoraConfig:

@@ -55,7 +55,8 @@ class LoraTrainer(Trainer):
     - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks:
       a run that is killed and started again ends with the same bytes. One that is started again with other data or
       settings is refused.
-    - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works.
+    - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works, and
+      ``amp.enabled: true`` is bfloat16 autocast there too.
     - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
     - ``logs/progress.jsonl`` for programs that watch the run.
 
@@ -205,6 +206,13 @@ class LoraTrainer(Trainer):
         loss = loss_mts[f"Losses/{phase}_all_loss"].val
         step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
         self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
+
+    def _step(self, batch: Any, model: Any, phase: str) -> Any:
+        # The official autocast is for CUDA alone.
+        amp = self.optim_conf.amp if self.optim_conf else None
+        on_cpu = self.device.type == "cpu" and amp is not None and amp.enabled
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_cpu):
+            return super()._step(batch, model, phase)
 
     def _log_meters_and_save_best_ckpts(self, phases: list[str]) -> dict[str, Any]:
         outputs: dict[str, Any] = super()._log_meters_and_save_best_ckpts(phases)

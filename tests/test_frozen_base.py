@@ -1,0 +1,54 @@
+"""Fifty real training steps change no base tensor by one bit."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sam3.train.utils.train_utils import register_omegaconf_resolvers
+
+from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
+
+STEPS = 50
+
+
+@pytest.fixture
+def make_trainer(tmp_path, monkeypatch):
+    """Make a trainer of the tiny model, in this process, that sees 50 batches of one image."""
+    for split, count in (("train", STEPS), ("valid", 2)):
+        write_coco(tmp_path / "data" / split, DEMO_CONCEPTS, count, seed=count)
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    if not OmegaConf.has_resolver("get_method"):
+        register_omegaconf_resolvers()
+
+    def make(**training):
+        settings = {"max_epochs": 1, "batch_size": 1, "num_workers": 0, "lr": 1e-2, **training}
+        overrides = [f"training.{name}={value}" for name, value in settings.items()]
+        overrides += [
+            f"paths.dataset_root={tmp_path / 'data'}",
+            f"paths.experiment_log_dir={tmp_path / 'run'}",
+        ]
+        with initialize_config_module("sam3.train", version_base="1.2"):
+            config = compose("sam3_lora/demo", [*overrides, "trainer.prepare=null", "adapter.preset=full"])
+        return instantiate(config.trainer, _recursive_=False)
+
+    yield make
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
+def test_fifty_steps_change_every_adapter_tensor_and_no_base_tensor_by_one_bit(make_trainer, amp):
+    trainer = make_trainer(amp=amp)
+    model = trainer.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = set()
+    layer = model.module.get_submodule("transformer.encoder.layers.0.linear1.base_layer")
+    layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.run()
+    assert trainer.steps["train"] == STEPS
+    assert seen == {torch.bfloat16 if amp else torch.float32}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
