@@ -14,6 +14,10 @@ from typing import Literal, get_args
 
 from sam3_lora.errors import ConfigError, TargetError, as_report, did_you_mean
 
+# Raise it when a module changes its component or kind, or enters or leaves the map: the words of a saved adapter's
+# settings then stand for other modules. The golden list in tests/golden says which modules a version has.
+COMPONENT_MAP_VERSION = 1
+
 Component = Literal[
     "vision_encoder",
     "text_encoder",

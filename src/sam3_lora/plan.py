@@ -30,6 +30,7 @@ _RESOLVED = (
     "rank_pattern",
     "alpha_pattern",
 )
+_TRUNK = "backbone.vision_backbone.trunk"  # in every SAM3 image model, and in no tracker
 # sam3 calls these through activation_ckpt_wrapper, which cannot read the signature of PEFT's wrapper around
 # them (act_ckpt_utils.py:72).
 _NEVER_SAVED = r"segmentation_head|transformer\.decoder\.boxRPB_embed_[xy]|.*\.(layers|encode)\.\d+"
@@ -66,6 +67,7 @@ def make_plan(
         TargetError: For settings that name nothing in this model, or modules that LoRA cannot act on.
     """
     names = list(module_names)
+    _refuse_outer_model(names)
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
         preset, targets = _choose(names, preset, given, lora_fields)
@@ -84,6 +86,15 @@ def preset_of(modules: Mapping[str, Strength], module_names: Iterable[str]) -> s
             if ranks == {name: preset.components[c] for c, found in targets.items() for name in found}:
                 return preset_name
     return None
+
+
+def _refuse_outer_model(names: list[str]) -> None:
+    """Raise if the image model is only a part of the model, such as the detector of SAM3's video model."""
+    inside = [name.removesuffix(f".{_TRUNK}") for name in names if name.endswith(f".{_TRUNK}")]
+    if inside and _TRUNK not in names:
+        raise TargetError(
+            f"adapters go on the image model, which is only a part of this one; pass model.{inside[0]}"
+        )
 
 
 def _choose(
