@@ -6,6 +6,7 @@ import stat
 import peft
 import pytest
 import torch
+from main_branch import with_main_attention
 from safetensors.torch import load_file, save_file
 from tiny_forward import forward, forward_with_gradients
 from torch import nn
@@ -186,6 +187,22 @@ def test_the_base_model_inside_is_the_model_itself_with_its_official_parameter_n
         "*bias*",
     ):  # sam3's own configs
         assert fnmatch.filter(names, pattern)
+
+
+def test_attention_of_the_main_branchs_class_is_split_and_every_adapter_on_it_acts(base, pristine):
+    adapted = get_peft_sam3(with_main_attention(base), "full", kinds=["attention"], init_lora_weights=False)
+    official = get_peft_sam3(fresh_copy(pristine), "full", kinds=["attention"])
+    assert adapted_modules(adapted) == adapted_modules(official)
+    layers = lora_layers(base)
+    for layer in layers.values():
+        layer.set_scale("default", 0)
+    before = forward(base)
+    assert_same(before, forward(official))
+    for name, layer in layers.items():
+        layer.set_scale("default", 1)
+        changed = forward(base)
+        layer.set_scale("default", 0)
+        assert any((changed[key] - before[key]).abs().max() > 1e-4 for key in before), name
 
 
 def test_attention_that_is_split_already_is_fine(base):

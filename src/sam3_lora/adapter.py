@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, TargetError, as_report
+from sam3_lora.liveness import refuse_uncalled
 from sam3_lora.model_card import model_card
 from sam3_lora.output import replaced_folder
 from sam3_lora.plan import Plan, Strength, make_plan, preset_of
@@ -77,6 +78,7 @@ def get_peft_sam3(
     trial = split_attention(_without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
     _check_wrapped(_try_on(trial, _lora_config(plan), adapter_name), adapter_name, plan)
+    refuse_uncalled(model, plan.modules)
 
     if "base_model_name_or_path" in plan.lora_config:
         model.name_or_path = plan.lora_config["base_model_name_or_path"]
