@@ -79,6 +79,14 @@ def test_overrides_leave_the_preset_and_their_own_values_alone():
         pytest.param(
             {"lora_dropuot": 0.1}, "unknown override 'lora_dropuot'; did you mean 'lora_dropout'?", id="typo"
         ),
+        pytest.param({"rank": 8}, "unknown override 'rank'; it is r here", id="the seed's rank"),
+        pytest.param({"alpha": 16}, "unknown override 'alpha'; it is lora_alpha here", id="the seed's alpha"),
+        pytest.param(
+            {"apply_to_text_encoder": False},
+            "unknown override 'apply_to_text_encoder'; name the parts to adapt instead: components=[...], "
+            "with 'text_encoder' among them or not",
+            id="the seed's switch of a component",
+        ),
         pytest.param({"r": 0}, "r must be a whole number of 1 or more, got 0", id="r zero"),
         pytest.param({"r": "8x"}, "r must be a whole number of 1 or more, got '8x'", id="r text"),
         pytest.param({"r": 8.0}, "r must be a whole number of 1 or more, got 8.0", id="r float"),

@@ -65,7 +65,7 @@ def get_peft_sam3(
         preset: A name from :data:`sam3_lora.presets.PRESETS`, or a preset of your own.
         adapter_name: PEFT's name for the adapter.
         **overrides: ``components`` and ``kinds`` to adapt; ``r`` and ``lora_alpha``, a number or one per
-            component; and every other field of PEFT's ``LoraConfig``. ``target_modules`` replaces components
+            component; ``last_n_vision_blocks``, to leave out the blocks before them; and every other field of PEFT's ``LoraConfig``. ``target_modules`` replaces components
             and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sam3_lora.components import COMPONENTS, KINDS, Component, Kind, unknown_names
 from sam3_lora.errors import ConfigError, as_report
+from sam3_lora.renamed import RENAMED_SETTINGS
 
 ALPHA_PER_R = (
     2  # lora_alpha / r, the factor on the weight change: the same everywhere, unless it is overridden
@@ -125,25 +126,49 @@ def override_preset(preset: Preset, overrides: Mapping[str, Any], also_known: It
     Raises:
         ConfigError: With every unknown keyword, unknown name and wrong number at once.
     """
-    problems = unknown_names("override", overrides, (*OVERRIDES, *also_known))
+    problems = override_problems(preset, overrides, also_known)
+    if problems:
+        raise ConfigError(as_report(problems))
+    r, kinds, alpha = _overridden(preset, overrides)
+    return dataclasses.replace(preset, components=r, kinds=kinds, lora_alpha=alpha)
+
+
+def override_problems(
+    preset: Preset, overrides: Mapping[str, Any], also_known: Iterable[str] = ()
+) -> list[str]:
+    """Return what :func:`override_preset` would complain about, a text for each."""
+    r, kinds, alpha = _overridden(preset, overrides)
     components = _as_tuple(overrides.get("components", tuple(preset.components)))
-    kinds = _as_tuple(overrides.get("kinds", preset.kinds))
+    return [
+        *_unknown_keywords(overrides, (*OVERRIDES, *also_known)),
+        *_name_problems("component", components, COMPONENTS),
+        *_name_problems("kind", kinds, KINDS),
+        *_strays("r", _per_component(overrides.get("r"), components), r),
+        *_strays("lora_alpha", _per_component(overrides.get("lora_alpha"), components), r),
+        *number_problems(r, alpha),
+    ]
+
+
+def _overridden(
+    preset: Preset, overrides: Mapping[str, Any]
+) -> tuple[dict[Any, Any], tuple[Any, ...], dict[Any, Any]]:
+    """Return r by component, kinds, and alpha by component where it is not 2 r; all of them unchecked."""
+    components = _as_tuple(overrides.get("components", tuple(preset.components)))
     given_r = _per_component(overrides.get("r"), components)
     given_alpha = _per_component(overrides.get("lora_alpha"), components)
-
     lowest = min(preset.components.values())
     r = {c: given_r.get(c, preset.components.get(c, lowest)) for c in components}
     kept_alpha = {c: a for c, a in preset.lora_alpha.items() if c in r and c not in given_r}
     alpha = kept_alpha | {c: a for c, a in given_alpha.items() if c in r}
+    return r, _as_tuple(overrides.get("kinds", preset.kinds)), alpha
 
-    problems += _name_problems("component", components, COMPONENTS) + _name_problems("kind", kinds, KINDS)
-    problems += [
-        p for word, given in (("r", given_r), ("lora_alpha", given_alpha)) for p in _strays(word, given, r)
-    ]
-    problems += number_problems(r, alpha)
-    if problems:
-        raise ConfigError(as_report(problems))
-    return dataclasses.replace(preset, components=r, kinds=kinds, lora_alpha=alpha)
+
+def _unknown_keywords(overrides: Iterable[str], known: tuple[str, ...]) -> list[str]:
+    renamed = [name for name in overrides if name in RENAMED_SETTINGS]
+    others = [name for name in overrides if name not in renamed]
+    return [f"unknown override {name!r}; {RENAMED_SETTINGS[name]}" for name in renamed] + unknown_names(
+        "override", others, known
+    )
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
