@@ -217,6 +217,13 @@ def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
             "unknown key 'training.weigth_decay': training has no 'weigth_decay'; did you mean 'weight_decay'",
             id="config key",
         ),
+        pytest.param({"overrides": {"rank": 8}}, ConfigError, "it is r here", id="keyword of the seed"),
+        pytest.param(
+            {"config": {"lora.alpha": 16}},
+            ConfigError,
+            r"unknown key 'lora\.alpha'; it is lora_alpha here",
+            id="config key of the seed",
+        ),
         pytest.param({"base": "tinny"}, Sam3LoraError, "unknown base 'tinny'", id="base"),
         pytest.param({"data": Path("nowhere")}, DataError, "nowhere does not exist", id="data"),
     ],
@@ -257,6 +264,23 @@ def test_an_error_of_the_official_script_is_one_line_that_names_the_cause(datase
     text = str(caught.value)
     assert "not one full batch in the training data: 12 images, and the trainer takes 100 a step" in text
     assert "console.log" in text
+
+
+def test_a_lora_block_as_in_the_seed_is_refused_with_what_its_keys_are_called_here(dataset, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "# @package _global_\ndefaults: [/sam3_lora/minimal, /sam3_lora/tiny, _self_]\n"
+        "lora: {rank: 16, target_modules: [q_proj], apply_to_text_encoder: true, beta: 1}\n"
+    )
+    result = official_script("-c", str(run), cwd=tmp_path, DATASET_ROOT=str(dataset))
+    assert result.returncode != 0
+    for problem in (
+        "unknown key 'lora.rank'; it is r here",
+        "unknown key 'lora.target_modules'; a preset chooses them",
+        "unknown key 'lora.apply_to_text_encoder'; name the parts to adapt instead: components=[...]",
+        "unknown key 'lora.beta'; there is no such setting",
+    ):
+        assert problem in result.stderr
 
 
 def test_an_unknown_metric_for_the_best_adapter_is_refused(tmp_path):

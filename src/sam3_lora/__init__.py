@@ -73,10 +73,19 @@ __all__ = [*_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
+        _refuse_seed_name(name)
         raise AttributeError(f"module 'sam3_lora' has no attribute {name!r}")
     value = getattr(import_module(f"sam3_lora.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _refuse_seed_name(name: str) -> None:
+    from sam3_lora.renamed import RENAMED_FUNCTIONS
+
+    if name in RENAMED_FUNCTIONS:
+        # An AttributeError would lose its text in `from sam3_lora import name`.
+        raise ImportError(f"sam3_lora has no {name}; {RENAMED_FUNCTIONS[name]}")
 
 
 def __dir__() -> list[str]:
