@@ -23,6 +23,7 @@ from sam3_lora.attention import SplitAttention, split_attention
 from sam3_lora.base.official import build_meta_sam3
 from sam3_lora.base.tiny import build_tiny_sam3
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, TargetError
+from sam3_lora.presets import PRESETS, TRAINABLE_PARAMETERS
 
 torch.set_num_threads(1)
 
@@ -97,9 +98,20 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize(
     ("preset", "modules", "parameters"),
-    [("minimal", 84, 516_096), ("balanced", 280, 4_128_768), ("full", 416, 14_893_056)],
+    [
+        ("minimal", 84, 516_096),
+        ("balanced", 280, 4_128_768),
+        ("full", 416, 14_893_056),
+        ("light", 128, 688_128),
+        ("vision", 64, 3_145_728),
+        ("text", 96, 1_572_864),
+        ("detr", 144, 1_867_776),
+        ("segmentation_head", 11, 151_568),
+        ("tracker_safe", 216, 2_555_904),
+    ],
 )
 def test_a_preset_adapts_its_exact_share_of_the_full_size_model(preset, modules, parameters):
+    assert TRAINABLE_PARAMETERS[preset] == parameters
     model = build_meta_sam3()
     adapted = get_peft_sam3(model, preset)
     assert count_parameters(adapted) == (parameters, 840_509_750 + parameters)
@@ -113,7 +125,7 @@ def test_the_tracker_of_the_interactive_model_gets_no_adapter():
     assert not any("inst_interactive_predictor" in name for name in adapted_modules(adapted))
 
 
-@pytest.mark.parametrize("preset", ["minimal", "balanced", "full"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_fresh_adapter_does_not_change_the_model(base, preset):
     before = forward(split_attention(base))
     assert_same(forward(get_peft_sam3(base, preset)), before)

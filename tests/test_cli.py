@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_the_package_runs_as_a_module():
         pytest.param(["train", "--data", "d"], "the following arguments are required: --output", id="no output"),
         pytest.param(["train", "--resume", "r", "--output", "o"], "--output cannot go with --resume", id="resume elsewhere"),
         pytest.param([*TRAIN, "--preset", "balnced"], "unknown preset 'balnced'; did you mean 'balanced'?", id="preset"),
-        pytest.param([*TRAIN, "--preset", "xyz"], "unknown preset 'xyz'; known are minimal, balanced, full", id="preset like no other"),
+        pytest.param([*TRAIN, "--preset", "xyz"], "unknown preset 'xyz'; known are minimal, balanced, full, light, vision, text, detr, segmentation_head, tracker_safe", id="preset like no other"),
         pytest.param([*TRAIN, "--max-epoch", "3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option"),
         pytest.param([*TRAIN, "--max-epoch=3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option with ="),
         pytest.param([*TRAIN, "more"], "unexpected argument 'more'", id="stray word"),
@@ -315,7 +316,7 @@ def test_presets_are_listed_with_components_rank_and_reason(capsys):
     for name, preset in PRESETS.items():
         assert name in output
         assert preset.reason.split()[0] in output
-    assert "vision_encoder │ 8" in output
+    assert re.search(r"vision_encoder +│ 8 ", output)
 
 
 def test_presets_as_json(capsys):
@@ -323,6 +324,8 @@ def test_presets_as_json(capsys):
     listed = json.loads(capsys.readouterr().out)
     assert list(listed) == list(PRESETS)
     assert listed["balanced"]["components"] == dict(PRESETS["balanced"].components)
+    assert listed["balanced"]["trainable_parameters"] == 4_128_768
+    assert [listed[name]["last_n_vision_blocks"] for name in ("light", "full")] == [4, None]
     assert listed["balanced"]["reason"] == PRESETS["balanced"].reason
 
 

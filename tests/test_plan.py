@@ -264,6 +264,28 @@ def test_all_that_is_wrong_is_reported_at_once():
         assert problem in text
 
 
+SIX_BLOCKS = [f"backbone.vision_backbone.trunk.blocks.{i}.attn.qkv" for i in range(6)] + [ENCODER, DECODER]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        pytest.param({}, [*SIX_BLOCKS[2:6], ENCODER, DECODER], id="as the preset has it"),
+        pytest.param({"last_n_vision_blocks": 1}, [SIX_BLOCKS[5], ENCODER, DECODER], id="other blocks"),
+        pytest.param({"layers_to_transform": 0}, [SIX_BLOCKS[0], ENCODER, DECODER], id="layers instead"),
+        pytest.param({"components": ["detr_decoder"]}, [DECODER], id="no vision encoder"),
+        pytest.param({"target_modules": ["attn.qkv"]}, SIX_BLOCKS[:6], id="modules by name"),
+    ],
+)
+def test_the_last_blocks_of_a_preset_hold_until_another_setting_chooses(overrides, expected):
+    made = make_plan(SIX_BLOCKS, get_preset("light"), overrides, FIELDS)
+    assert list(made.modules) == expected
+
+
+def test_a_preset_with_last_blocks_is_recognised():
+    assert preset_of(make_plan(SIX_BLOCKS, get_preset("light"), {}, FIELDS).modules, SIX_BLOCKS) == "light"
+
+
 def test_a_plan_is_recognised_as_its_preset_unless_it_was_changed():
     assert preset_of(plan("balanced").modules, NAMES) == "balanced"
     assert preset_of(plan("minimal").modules, NAMES) == "minimal"

@@ -8,6 +8,7 @@ pattern of full names.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ from sam3_lora.targets import (
     LAST_BLOCKS,
     Targets,
     idle_entries,
+    keep_last_vision_blocks,
     narrow_targets,
     select_targets,
     setting_problems,
@@ -95,7 +97,7 @@ def preset_of(modules: Mapping[str, Strength], module_names: Iterable[str]) -> s
     ranks = {name: strength.r for name, strength in modules.items()}
     for preset_name, preset in PRESETS.items():
         with contextlib.suppress(TargetError):  # a model without, say, its segmentation head
-            targets = resolve_targets(names, preset.components, preset.kinds)
+            targets = _preset_targets(names, preset)
             if ranks == {name: preset.components[c] for c, found in targets.items() for name in found}:
                 return preset_name
     return None
@@ -130,10 +132,25 @@ def _choose(names: list[str], preset: Preset, given: Mapping[str, Any]) -> tuple
     """Return the preset with its overrides, and its modules or those that ``target_modules`` names."""
     ours = {key: value for key, value in given.items() if key in OVERRIDES}
     if "target_modules" not in given:
-        preset = override_preset(preset, ours)
-        return preset, resolve_targets(names, preset.components, preset.kinds)
+        preset = override_preset(_own_blocks(preset, given), ours)
+        return preset, _preset_targets(names, preset)
     targets = select_targets(names, given["target_modules"])
     return override_preset(preset, {**ours, "components": list(targets)}), targets
+
+
+def _own_blocks(preset: Preset, given: Mapping[str, Any]) -> Preset:
+    """Return the preset without its ``last_n_vision_blocks`` where a user's setting takes the place of it."""
+    components = given.get("components", preset.components)
+    if "vision_encoder" in components and not {LAST_BLOCKS, "layers_to_transform"} & given.keys():
+        return preset
+    return dataclasses.replace(preset, last_n_vision_blocks=None)
+
+
+def _preset_targets(names: list[str], preset: Preset) -> Targets:
+    targets = resolve_targets(names, preset.components, preset.kinds)
+    if preset.last_n_vision_blocks is None:
+        return targets
+    return keep_last_vision_blocks(targets, names, preset.last_n_vision_blocks)
 
 
 def _with_strengths(targets: Targets, preset: Preset, given: Mapping[str, Any]) -> Plan:

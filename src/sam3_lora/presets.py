@@ -35,12 +35,14 @@ class Preset:
     lora_alpha: Mapping[Component, float] = field(
         default_factory=dict
     )  # component -> alpha, 2 r where none is given
+    last_n_vision_blocks: int | None = None  # None: all of them
 
     def __post_init__(self) -> None:
         problems = [
             *_name_problems("component", self.components, COMPONENTS),
             *_name_problems("kind", self.kinds, KINDS),
             *number_problems(self.components, self.lora_alpha),
+            *_last_blocks_problems(self),
         ]
         if problems:
             raise ConfigError(as_report(problems))
@@ -76,24 +78,84 @@ def number_problems(r: Mapping[Any, Any], lora_alpha: Mapping[Any, Any]) -> list
     ]
 
 
-# The reasons count trainable parameters on the full-size model; tests/test_adapter.py checks each of them.
+def _last_blocks_problems(preset: Preset) -> list[str]:
+    value = preset.last_n_vision_blocks
+    if value is None:
+        return []
+    problems = []
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        problems.append(f"last_n_vision_blocks must be a whole number of 1 or more, got {value!r}")
+    if "vision_encoder" not in preset.components:
+        problems.append("last_n_vision_blocks has no effect: vision_encoder is not among the components")
+    return problems
+
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "minimal": Preset(
-            reason="the DETR decoder alone (516,096 parameters): few images, or close to photographs",
+            reason="the DETR decoder alone: few images, or close to photographs",
             components={"detr_decoder": 8},
             kinds=("attention", "mlp"),
         ),
         "balanced": Preset(
-            reason="attention of encoders and decoder (4,128,768 parameters): a good first choice",
+            reason="attention of encoders and decoder: a good first choice",
             components={"vision_encoder": 8, "text_encoder": 8, "detr_encoder": 16, "detr_decoder": 16},
             kinds=("attention",),
         ),
         "full": Preset(
-            reason="balanced and the MLPs, at a higher rank (14,893,056 parameters): many images",
+            reason="balanced and the MLPs, at a higher rank: many images",
             components={"vision_encoder": 12, "text_encoder": 12, "detr_encoder": 24, "detr_decoder": 24},
             kinds=("attention", "mlp"),
         ),
+        "light": Preset(
+            # Gradients end after 4 of the 32 blocks of the ViT, which is most of a step's work and activations.
+            reason="balanced for a GPU of 8 GB: the last 4 blocks of the vision encoder, no text encoder",
+            components={"vision_encoder": 8, "detr_encoder": 8, "detr_decoder": 8},
+            kinds=("attention",),
+            last_n_vision_blocks=4,
+        ),
+        "vision": Preset(
+            reason="images of another kind, such as X-ray or from above; words that SAM3 knows",
+            components={"vision_encoder": 16},
+            kinds=("attention",),
+        ),
+        "text": Preset(
+            reason="words that SAM3 does not know, for things that it can see",
+            components={"text_encoder": 8},
+            kinds=("attention",),
+        ),
+        "detr": Preset(
+            # As cheap as minimal but for the layers of the encoder: no gradient runs into the ViT.
+            reason="which objects a prompt means, and where they are; both encoders stay as they are",
+            components={"detr_encoder": 16, "detr_decoder": 16},
+            kinds=("attention", "mlp"),
+        ),
+        "segmentation_head": Preset(
+            reason="the right objects are found, and their outlines are wrong",
+            components={"segmentation_head": 16},
+            kinds=("attention", "mlp", "conv"),
+        ),
+        "tracker_safe": Preset(
+            # The tracker reads the features of the same ViT (sam3_video_base.py): adapters there would move them.
+            reason="for video: balanced without the vision encoder, so that the tracker sees what it was trained on",
+            components={"text_encoder": 8, "detr_encoder": 16, "detr_decoder": 16},
+            kinds=("attention",),
+        ),
+    }
+)
+
+#: Trainable parameters on the full-size model; tests/test_adapter.py counts them.
+TRAINABLE_PARAMETERS: Mapping[str, int] = MappingProxyType(
+    {
+        "minimal": 516_096,
+        "balanced": 4_128_768,
+        "full": 14_893_056,
+        "light": 688_128,
+        "vision": 3_145_728,
+        "text": 1_572_864,
+        "detr": 1_867_776,
+        "segmentation_head": 151_568,
+        "tracker_safe": 2_555_904,
     }
 )
 

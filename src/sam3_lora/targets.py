@@ -44,12 +44,26 @@ def narrow_targets(targets: Targets, names: list[str], given: Mapping[str, Any])
     if "layers_to_transform" in given:
         targets = _keep_layers(targets, given["layers_to_transform"], given.get("layers_pattern"))
     if LAST_BLOCKS in given:
-        targets = _keep_last_blocks(targets, len(_vision_blocks(names)) - given[LAST_BLOCKS])
+        targets = keep_last_vision_blocks(targets, names, given[LAST_BLOCKS])
     if "modules_to_save" in given:
         saved = [name for matched in _saved(names, given["modules_to_save"]).values() for name in matched]
         inside = tuple(f"{name}." for name in saved)
         targets = _keep(targets, "modules_to_save", lambda name: not f"{name}.".startswith(inside))
     return targets
+
+
+def keep_last_vision_blocks(targets: Targets, names: list[str], number: int) -> Targets:
+    """Leave out all blocks of the vision encoder but so many of the last; other targets stay.
+
+    Raises:
+        TargetError: If no block is among the targets.
+    """
+    first = len(_vision_blocks(names)) - number
+    vision = targets.get("vision_encoder", ())
+    blocks = {name: int(found[1]) for name in vision if (found := _VISION_BLOCK.match(name))}
+    if not blocks:
+        raise TargetError(f"{LAST_BLOCKS} has no effect: no block of vision_encoder is adapted")
+    return _keep(targets, LAST_BLOCKS, lambda name: blocks.get(name, first) >= first)
 
 
 def setting_problems(names: list[str], given: Mapping[str, Any]) -> list[str]:
@@ -151,18 +165,6 @@ def _keep_layers(
         return found is not None and int(found[1]) in layers
 
     return _keep(targets, "layers_to_transform", in_layers)
-
-
-def _keep_last_blocks(targets: Targets, first: int) -> Targets:
-    """Leave out the blocks of the vision encoder before the block ``first``; all else stays."""
-    blocks = {
-        name: int(found[1])
-        for name in targets.get("vision_encoder", ())
-        if (found := _VISION_BLOCK.match(name))
-    }
-    if not blocks:
-        raise TargetError(f"{LAST_BLOCKS} has no effect: no block of vision_encoder is adapted")
-    return _keep(targets, LAST_BLOCKS, lambda name: blocks.get(name, first) >= first)
 
 
 def _vision_blocks(names: Iterable[str]) -> set[str]:
