@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_module
+from official_step import register_resolvers
 from peft import PeftModel
-from sam3.train.utils.train_utils import register_omegaconf_resolvers
 from tiny_forward import forward
 
 from sam3_lora.adapter import adapted_modules, load_adapter
@@ -152,7 +152,7 @@ def test_the_demo_config_works_by_name_in_an_empty_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def composed():
-    register_omegaconf_resolvers()
+    register_resolvers()
     with initialize_config_module("sam3.train", version_base="1.2"):
         yield lambda name: compose(config_name=name)
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sam3_lora.adapter import get_peft_sam3 as get_peft_sam3
     from sam3_lora.adapter import load_adapter as load_adapter
     from sam3_lora.adapter import save_adapter as save_adapter
+    from sam3_lora.adapter_plan import AdapterPlan as AdapterPlan
+    from sam3_lora.adapter_plan import plan_adapter as plan_adapter
     from sam3_lora.attention import fuse_attention as fuse_attention
     from sam3_lora.attention import split_attention as split_attention
     from sam3_lora.base.loading import load_base as load_base
@@ -41,6 +43,7 @@ __version__ = version("sam3-lora")
 
 # torch takes seconds to import: a name brings in its module when it is first used.
 _MODULES = {
+    "AdapterPlan": "adapter_plan",
     "Evaluation": "evaluation.compare",
     "Finding": "installation",
     "PRESETS": "presets",
@@ -61,6 +64,7 @@ _MODULES = {
     "get_preset": "presets",
     "load_adapter": "adapter",
     "load_base": "base.loading",
+    "plan_adapter": "adapter_plan",
     "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",

@@ -204,6 +204,16 @@ def adapted_modules(model: nn.Module) -> list[str]:
     return [name for name, module in inner_model(model).named_modules() if isinstance(module, BaseTunerLayer)]
 
 
+def adapter_strengths(model: nn.Module, adapter_name: str = "default") -> dict[str, Strength]:
+    """Return r and alpha of every module that an adapter wraps, by official name."""
+    return _strengths(inner_model(model), adapter_name)
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return the tensors that :func:`save_adapter` writes, by their keys in the file."""
+    return _adapter_tensors(model, adapter_name)
+
+
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the trainable and all parameters of a model, each shared parameter once."""
     parameters = list(model.parameters())
