@@ -84,6 +84,7 @@ def test_the_package_runs_as_a_module():
         pytest.param([*TRAIN, "--lr", "nan"], "--lr: needs a number between 0 and 1, such as 1e-4, got 'nan'", id="NaN rate"),
         pytest.param([*TRAIN, "--set", "r"], "--set: needs key=value, such as r=16, got 'r'", id="setting without value"),
         pytest.param([*TRAIN, "--set", "preset=full"], "--set: preset is an option of its own: --preset full", id="option as a setting"),
+        pytest.param(["plan", "--set", "model=x"], "--set: model is no setting of an adapter", id="keyword that is no setting"),
         pytest.param(["plan", "--preset", "lite"], "unknown preset 'lite'; did you mean 'light'?", id="preset of a plan"),
         pytest.param(["demo", "--sed", "1"], "unknown option '--sed'; did you mean '--seed'?", id="option of another verb"),
     ],

@@ -236,6 +236,28 @@ def test_a_setting_without_effect_is_an_error(overrides, error, problem):
     assert problem in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("target_modules", 5),
+        ("exclude_modules", [1]),
+        ("modules_to_save", 5),
+        ("modules_to_save", []),
+        ("layers_to_transform", "last"),
+        ("rank_pattern", "q_proj"),
+        ("alpha_pattern", {1: 2}),
+    ],
+)
+def test_a_value_of_another_type_is_an_error_that_says_what_is_wanted(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting} must be a .*, got "):
+        plan(**{setting: value})
+
+
+def test_components_in_a_list_of_their_own_are_unknown_names():
+    with pytest.raises(ConfigError, match="unknown component"):
+        plan(components=[["vision_encoder"]])
+
+
 def test_all_that_is_wrong_is_reported_at_once():
     with pytest.raises(ConfigError) as raised:
         plan(

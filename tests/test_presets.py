@@ -85,6 +85,7 @@ def test_overrides_leave_the_preset_and_their_own_values_alone():
             {"lora_dropuot": 0.1}, "unknown override 'lora_dropuot'; did you mean 'lora_dropout'?", id="typo"
         ),
         pytest.param({"rank": 8}, "unknown override 'rank'; it is r here", id="the seed's rank"),
+        pytest.param({"lora.rank": 8}, "unknown override 'lora.rank'; it is r here", id="the seed's key"),
         pytest.param({"alpha": 16}, "unknown override 'alpha'; it is lora_alpha here", id="the seed's alpha"),
         pytest.param(
             {"apply_to_text_encoder": False},

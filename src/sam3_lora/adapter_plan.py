@@ -106,7 +106,7 @@ def plan_adapter(preset: str | Preset = "balanced", base: str = DEFAULT, **overr
     check_base(base)
     model = build_tiny_sam3() if base == "tiny" else build_meta_sam3()
     names = [name for name, _ in model.named_modules()]
-    adapted = get_peft_sam3(model, preset, **overrides)
+    adapted = get_peft_sam3(model, preset, **{**overrides, "adapter_name": "default"})
     trained = {name: p for name, p in inner_model(adapted).named_parameters() if p.requires_grad}
     unused = [name for name in map(_official_name, trained) if _matches(UNUSED_PARAMETERS, name)]
     count = count_parameters(adapted)

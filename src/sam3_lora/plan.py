@@ -34,6 +34,7 @@ from sam3_lora.targets import (
     narrow_targets,
     select_targets,
     setting_problems,
+    type_problems,
 )
 
 # Settings that choose modules or strengths: they go into the plan, everything else goes to PEFT as it is.
@@ -114,11 +115,14 @@ def _refuse_outer_model(names: list[str]) -> None:
 
 def _raise_problems(names: list[str], preset: Preset, given: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise one error about every setting that is wrong whatever the others are."""
+    untyped = type_problems(given)
+    given = {key: value for key, value in given.items() if key not in untyped}
     overrides = dict(given)
     if "target_modules" in given:
         overrides["components"] = list(select_targets(names, given["target_modules"]) or preset.components)
     adaptable = [name for name in names if component_of(name)]
     wrong = [
+        *untyped.values(),
         *override_problems(preset, overrides, known),
         *_pattern_number_problems(given),
         *setting_problems(names, given),

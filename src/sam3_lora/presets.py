@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
@@ -226,15 +226,16 @@ def _overridden(
 
 
 def _unknown_keywords(overrides: Iterable[str], known: tuple[str, ...]) -> list[str]:
-    renamed = [name for name in overrides if name in RENAMED_SETTINGS]
+    renamed = {name: text for name in overrides if (text := RENAMED_SETTINGS.get(name.removeprefix("lora.")))}
     others = [name for name in overrides if name not in renamed]
-    return [f"unknown override {name!r}; {RENAMED_SETTINGS[name]}" for name in renamed] + unknown_names(
+    return [f"unknown override {name!r}; {text}" for name, text in renamed.items()] + unknown_names(
         "override", others, known
     )
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    values = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    return tuple(v if isinstance(v, Hashable) else repr(v) for v in values)
 
 
 def _per_component(value: Any, components: Iterable[Any]) -> dict[Any, Any]:

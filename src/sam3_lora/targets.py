@@ -66,6 +66,15 @@ def keep_last_vision_blocks(targets: Targets, names: list[str], number: int) -> 
     return _keep(targets, LAST_BLOCKS, lambda name: blocks.get(name, first) >= first)
 
 
+def type_problems(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return a text for each of these settings whose value is of a type that says nothing, by its name."""
+    return {
+        name: f"{name} must be {what}, got {given[name]!r}"
+        for name, (fits, what) in _TYPES.items()
+        if name in given and not fits(given[name])
+    }
+
+
 def setting_problems(names: list[str], given: Mapping[str, Any]) -> list[str]:
     """Return a text for each of these settings that is wrong, or stands beside one that it contradicts."""
     problems = []
@@ -192,3 +201,30 @@ def _entry_matches(entry: str, name: str, selection: str | Iterable[str]) -> boo
     if isinstance(selection, str):
         return re.fullmatch(entry, name) is not None
     return name == entry or name.endswith(f".{entry}")
+
+
+def _is_names(value: Any) -> bool:
+    entries = [value] if isinstance(value, str) else value
+    return (
+        isinstance(entries, Iterable) and all(isinstance(entry, str) for entry in entries) and bool(entries)
+    )
+
+
+def _is_layers(value: Any) -> bool:
+    entries = [value] if isinstance(value, int) else value
+    return isinstance(entries, Iterable) and all(isinstance(entry, int) for entry in entries)
+
+
+def _is_patterns(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (_is_names, "a pattern, or a list of names"),
+    ),
+    "modules_to_save": (_is_names, "a list of names"),
+    "layers_to_transform": (_is_layers, "a number, or a list of them"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (_is_patterns, "a mapping from patterns to numbers")),
+}
