@@ -14,13 +14,13 @@ from sam3_lora.base.official import build_meta_sam3
 
 
 def main() -> None:
-    print(f"{'preset':<10}{'modules':>8}{'trainable':>13}{'of':>14}{'share':>8}{'file':>10}")
+    print(f"{'preset':<18}{'modules':>8}{'trainable':>13}{'of':>14}{'share':>8}{'file':>10}")
     for preset in sam3_lora.PRESETS:
         model = sam3_lora.get_peft_sam3(build_meta_sam3(), preset=preset)
         trainable, total = sam3_lora.count_parameters(model)
         modules = len(sam3_lora.adapted_modules(model))
         print(
-            f"{preset:<10}{modules:>8}{trainable:>13,}{total:>14,}{trainable / total:>8.2%}"
+            f"{preset:<18}{modules:>8}{trainable:>13,}{total:>14,}{trainable / total:>8.2%}"
             f"{file_size(model) / 1e6:>7.2f} MB"
         )
 

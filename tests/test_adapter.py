@@ -8,6 +8,7 @@ import stat
 import peft
 import pytest
 import torch
+from main_branch import with_main_attention, with_main_mlp
 from safetensors.torch import load_file, save_file
 from tiny_forward import forward, forward_with_gradients
 from torch import nn
@@ -24,6 +25,7 @@ from sam3_lora.attention import SplitAttention, split_attention
 from sam3_lora.base.official import build_meta_sam3
 from sam3_lora.base.tiny import build_tiny_sam3
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, TargetError
+from sam3_lora.presets import PRESETS, TRAINABLE_PARAMETERS
 
 torch.set_num_threads(1)
 
@@ -98,9 +100,20 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize(
     ("preset", "modules", "parameters"),
-    [("minimal", 84, 516_096), ("balanced", 280, 4_128_768), ("full", 416, 14_893_056)],
+    [
+        ("minimal", 84, 516_096),
+        ("balanced", 280, 4_128_768),
+        ("full", 416, 14_893_056),
+        ("light", 128, 688_128),
+        ("vision", 64, 3_145_728),
+        ("text", 96, 1_572_864),
+        ("detr", 144, 1_867_776),
+        ("segmentation_head", 11, 151_568),
+        ("tracker_safe", 216, 2_555_904),
+    ],
 )
 def test_a_preset_adapts_its_exact_share_of_the_full_size_model(preset, modules, parameters):
+    assert TRAINABLE_PARAMETERS[preset] == parameters
     model = build_meta_sam3()
     adapted = get_peft_sam3(model, preset)
     assert count_parameters(adapted) == (parameters, 840_509_750 + parameters)
@@ -114,7 +127,7 @@ def test_the_tracker_of_the_interactive_model_gets_no_adapter():
     assert not any("inst_interactive_predictor" in name for name in adapted_modules(adapted))
 
 
-@pytest.mark.parametrize("preset", ["minimal", "balanced", "full"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_fresh_adapter_does_not_change_the_model(base, preset):
     before = forward(split_attention(base))
     assert_same(forward(get_peft_sam3(base, preset)), before)
@@ -195,6 +208,22 @@ def test_adding_an_adapter_copies_no_tensor_of_the_base(base):
     get_peft_sam3(base, "full")
     after = {p.untyped_storage().data_ptr() for name, p in base.named_parameters() if ".lora_" not in name}
     assert after == places
+
+
+def test_attention_of_the_main_branchs_class_is_split_and_every_adapter_on_it_acts(base, pristine):
+    adapted = get_peft_sam3(with_main_attention(base), "full", kinds=["attention"], init_lora_weights=False)
+    official = get_peft_sam3(fresh_copy(pristine), "full", kinds=["attention"])
+    assert adapted_modules(adapted) == adapted_modules(official)
+    layers = lora_layers(base)
+    for layer in layers.values():
+        layer.set_scale("default", 0)
+    before = forward(base)
+    assert_same(before, forward(official))
+    for name, layer in layers.items():
+        layer.set_scale("default", 1)
+        changed = forward(base)
+        layer.set_scale("default", 0)
+        assert any((changed[key] - before[key]).abs().max() > 1e-4 for key in before), name
 
 
 def test_attention_that_is_split_already_is_fine(base):
@@ -517,6 +546,17 @@ def test_an_adapter_without_a_record_loads_by_its_tensors_alone(saved, base, tmp
     folder = shutil.copytree(saved[0], tmp_path / "adapter")
     (folder / "sam3_lora.json").unlink()
     assert_same(forward(load_adapter(base, folder)), saved[1])
+
+
+def test_an_adapter_does_not_load_where_a_module_would_not_be_called(base, pristine, tmp_path):
+    folder = save_adapter(get_peft_sam3(base, "full"), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"blocks\.0\.mlp\.fc1: .* reads fc1\.weight without calling fc1"):
+        load_adapter(with_main_mlp(fresh_copy(pristine)), folder)
+
+
+def test_an_adapter_does_not_load_into_a_model_that_only_holds_the_image_model(saved, base):
+    with pytest.raises(TargetError, match=r"pass model\.detector"):
+        load_adapter(nn.ModuleDict({"detector": base}), saved[0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 
 from sam3_lora.cli import main
 from sam3_lora.cli.progress import describe, fraction_done
+from sam3_lora.components import COMPONENT_MAP_VERSION, COMPONENTS
 from sam3_lora.errors import DataError
 from sam3_lora.presets import PRESETS
 
-VERBS = ["train", "predict", "evaluate", "demo", "presets", "doctor"]
+VERBS = ["train", "predict", "evaluate", "demo", "presets", "components", "plan", "doctor"]
 TRAIN = ["train", "--data", "my data", "--output", "runs/a"]
 
 
@@ -71,7 +73,7 @@ def test_the_package_runs_as_a_module():
         pytest.param(["train", "--data", "d"], "the following arguments are required: --output", id="no output"),
         pytest.param(["train", "--resume", "r", "--output", "o"], "--output cannot go with --resume", id="resume elsewhere"),
         pytest.param([*TRAIN, "--preset", "balnced"], "unknown preset 'balnced'; did you mean 'balanced'?", id="preset"),
-        pytest.param([*TRAIN, "--preset", "xyz"], "unknown preset 'xyz'; known are minimal, balanced, full", id="preset like no other"),
+        pytest.param([*TRAIN, "--preset", "xyz"], "unknown preset 'xyz'; known are minimal, balanced, full, light, vision, text, detr, segmentation_head, tracker_safe", id="preset like no other"),
         pytest.param([*TRAIN, "--max-epoch", "3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option"),
         pytest.param([*TRAIN, "--max-epoch=3"], "unknown option '--max-epoch'; did you mean '--max-epochs'?", id="option with ="),
         pytest.param([*TRAIN, "more"], "unexpected argument 'more'", id="stray word"),
@@ -81,6 +83,9 @@ def test_the_package_runs_as_a_module():
         pytest.param([*TRAIN, "--lr", "5"], "--lr: needs a number between 0 and 1, such as 1e-4, got '5'", id="large rate"),
         pytest.param([*TRAIN, "--lr", "nan"], "--lr: needs a number between 0 and 1, such as 1e-4, got 'nan'", id="NaN rate"),
         pytest.param([*TRAIN, "--set", "r"], "--set: needs key=value, such as r=16, got 'r'", id="setting without value"),
+        pytest.param([*TRAIN, "--set", "preset=full"], "--set: preset is an option of its own: --preset full", id="option as a setting"),
+        pytest.param(["plan", "--set", "model=x"], "--set: model is no setting of an adapter", id="keyword that is no setting"),
+        pytest.param(["plan", "--preset", "lite"], "unknown preset 'lite'; did you mean 'light'?", id="preset of a plan"),
         pytest.param(["demo", "--sed", "1"], "unknown option '--sed'; did you mean '--seed'?", id="option of another verb"),
     ],
 )  # fmt: skip
@@ -315,7 +320,7 @@ def test_presets_are_listed_with_components_rank_and_reason(capsys):
     for name, preset in PRESETS.items():
         assert name in output
         assert preset.reason.split()[0] in output
-    assert "vision_encoder │ 8" in output
+    assert re.search(r"vision_encoder +│ 8 ", output)
 
 
 def test_presets_as_json(capsys):
@@ -323,7 +328,65 @@ def test_presets_as_json(capsys):
     listed = json.loads(capsys.readouterr().out)
     assert list(listed) == list(PRESETS)
     assert listed["balanced"]["components"] == dict(PRESETS["balanced"].components)
+    assert listed["balanced"]["trainable_parameters"] == 4_128_768
+    assert [listed[name]["last_n_vision_blocks"] for name in ("light", "full")] == [4, None]
     assert listed["balanced"]["reason"] == PRESETS["balanced"].reason
+
+
+def test_a_plan_is_a_table_and_what_follows_from_it(capsys):
+    assert (
+        main(["plan", "--base", "tiny", "--preset", "minimal", "--set", 'modules_to_save=["pixel_decoder"]'])
+        == 0
+    )
+    output = capsys.readouterr().out
+    assert "Adapter on tiny (preset minimal, 1 changed)" in output
+    assert re.search(r"detr_decoder +│ attention +│ 36 +│ 8 +│ 16 +│ 36,864 ", output)
+    assert re.search(r"Trains +163,392 of 5,068,582 parameters \(3\.22%\), in 42 modules", output)
+    assert "Besides   111,168 of these are whole modules or biases" in output
+    assert "DDP       --set training.find_unused_parameters=true: no step uses segmentation_head" in output
+    assert (
+        "three levels need only two upsampling steps:\n            segmentation_head.pixel_decoder.conv_layers.2"
+        in output
+    )
+
+
+def test_a_plan_as_json(capsys):
+    assert main(["plan", "--base", "tiny", "--preset", "minimal", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["trainable_parameters"], plan["modules"], plan["adapter_bytes"]) == (52_224, 42, 220_600)
+    assert plan["ddp"] == {
+        "find_unused_parameters": False,
+        "reason": "every trained tensor takes part in every step",
+    }
+    assert plan["dead_modules"]["geometry_encoder.points_pool_project"] == "detection has no point prompts"
+    assert plan["share"] == plan["trainable_parameters"] / plan["total_parameters"]
+
+
+def test_a_plan_that_cannot_be_made_is_one_error(capsys):
+    assert main(["plan", "--base", "tiny", "--set", "rank=8", "--set", "r=8x"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: 5 problems:\n  unknown override 'rank'; it is r here\n")
+
+
+def test_components_are_listed_with_kinds_sizes_and_what_is_left_out(capsys):
+    assert main(["components"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"vision_encoder +│ mlp +│ 64 +│ 368,640 ", output)
+    assert "Left out  PEFT has no LoRA for ConvTranspose2d:" in output
+
+
+def test_components_as_json(capsys):
+    assert main(["components", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed["components"]) == list(COMPONENTS)
+    assert listed["components"]["scoring"]["proj"] == {
+        "modules": 2,
+        "parameters_at_r_1": 1024,
+        "example": "dot_prod_scoring.prompt_proj",
+    }
+    assert len(listed["dead_modules"]) == 9
+    assert listed["component_map_version"] == COMPONENT_MAP_VERSION
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path):

@@ -1,13 +1,18 @@
 import itertools
+import json
 import re
+from pathlib import Path
 
 import pytest
 from torch import nn
 
+from sam3_lora.adapter import adapted_modules, get_peft_sam3
 from sam3_lora.attention import split_attention
-from sam3_lora.base.official import build_meta_sam3
+from sam3_lora.base.official import build_meta_sam3, on_meta
 from sam3_lora.base.tiny import build_tiny_sam3
+from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.components import (
+    COMPONENT_MAP_VERSION,
     COMPONENTS,
     DEAD_MODULES,
     KINDS,
@@ -19,42 +24,30 @@ from sam3_lora.components import (
 )
 from sam3_lora.errors import ConfigError, TargetError
 
-# Modules that LoRA can act on in the full-size image model of sam3 0.1.4, dead ones left out.
-FULL_SIZE = {
-    ("vision_encoder", "attention"): 64,
-    ("vision_encoder", "mlp"): 64,
-    ("vision_encoder", "conv"): 6,
-    ("text_encoder", "attention"): 96,
-    ("text_encoder", "mlp"): 48,
-    ("text_encoder", "proj"): 1,
-    ("geometry_encoder", "attention"): 24,
-    ("geometry_encoder", "mlp"): 6,
-    ("geometry_encoder", "proj"): 3,
-    ("geometry_encoder", "conv"): 1,
-    ("detr_encoder", "attention"): 48,
-    ("detr_encoder", "mlp"): 12,
-    ("detr_decoder", "attention"): 72,
-    ("detr_decoder", "mlp"): 12,
-    ("detr_decoder", "heads"): 12,
-    ("segmentation_head", "attention"): 4,
-    ("segmentation_head", "mlp"): 3,
-    ("segmentation_head", "conv"): 4,
-    ("scoring", "mlp"): 2,
-    ("scoring", "proj"): 2,
-}
-DEAD = [
-    "backbone.vision_backbone.convs.3.conv_1x1",
-    "backbone.vision_backbone.convs.3.conv_3x3",
-    "geometry_encoder.points_direct_project",
-    "geometry_encoder.points_pool_project",
-    "geometry_encoder.points_pos_enc_project",
-    "segmentation_head.pixel_decoder.conv_layers.2",
-]
-DECONVOLUTIONS = [
-    "backbone.vision_backbone.convs.0.dconv_2x2_0",
-    "backbone.vision_backbone.convs.0.dconv_2x2_1",
-    "backbone.vision_backbone.convs.1.dconv_2x2",
-]
+from sam3.model_builder import build_sam3_video_model  # isort: skip  (after the stand-in for triton)
+
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden" / "components_sam3_0_1_4.json").read_text(encoding="utf-8")
+)
+PARTS = [(component, kind) for component, kinds in GOLDEN["full_size"].items() for kind in kinds]
+
+
+def expanded(templates: list[str]) -> list[str]:
+    """Return every name that templates such as ``layers.{0..1}.{a,b}`` stand for."""
+    names = []
+    for template in templates:
+        pieces = re.split(r"\{(.+?)\}", template)
+        choices = [choices_of(piece) if odd % 2 else [piece] for odd, piece in enumerate(pieces)]
+        names += ["".join(name) for name in itertools.product(*choices)]
+    return names
+
+
+def choices_of(braces: str) -> list[str]:
+    first, dots, last = braces.partition("..")
+    return [str(i) for i in range(int(first), int(last) + 1)] if dots else braces.split(",")
+
+
+LEFT_OUT = expanded(GOLDEN["left_out"])
 
 
 def names_of(model: nn.Module) -> list[str]:
@@ -72,17 +65,59 @@ def full_size_names(full_size_model):
 
 
 @pytest.fixture(scope="module")
-def tiny_names():
-    return names_of(build_tiny_sam3())
+def video_model():
+    with on_meta():
+        return build_sam3_video_model(bpe_path=str(bpe_path()), load_from_HF=False, device="meta")
+
+
+@pytest.fixture(scope="module")
+def names(full_size_names, video_model):
+    """The module names of every model that the map is for."""
+    return {
+        "full_size": full_size_names,
+        "tiny": names_of(build_tiny_sam3()),
+        "interactive": names_of(build_meta_sam3(enable_inst_interactivity=True)),
+        "video detector": names_of(video_model.detector),
+    }
+
+
+def test_the_golden_list_is_that_of_this_version_of_the_map():
+    assert GOLDEN["component_map_version"] == COMPONENT_MAP_VERSION
 
 
 def test_the_map_has_the_golden_kinds_and_no_other():
-    assert {(c, k) for c, kinds in PATTERNS.items() for k in kinds} == set(FULL_SIZE)
+    assert [(c, k) for c, kinds in PATTERNS.items() for k in kinds] == PARTS
 
 
-@pytest.mark.parametrize(("component", "kind"), FULL_SIZE)
-def test_each_part_has_its_golden_number_of_modules(component, kind, full_size_names):
-    assert len(resolve_targets(full_size_names, [component], [kind])[component]) == FULL_SIZE[component, kind]
+@pytest.mark.parametrize(("component", "kind"), PARTS)
+@pytest.mark.parametrize("model", ["full_size", "tiny", "interactive", "video detector"])
+def test_each_part_has_its_golden_modules(model, component, kind, names):
+    golden = GOLDEN["tiny" if model == "tiny" else "full_size"][component][kind]
+    found = resolve_targets(names[model], [component], [kind])[component]
+    assert sorted(found) == sorted(expanded(golden))
+
+
+@pytest.mark.parametrize("model", ["interactive", "video detector"])
+def test_what_only_the_tracker_uses_is_never_touched(model, names):
+    ours = set(names["full_size"])
+    others = [name for name in names[model] if name not in ours]
+    assert any("sam2_convs" in name or "inst_interactive_predictor" in name for name in others)
+    assert not [name for name in others if component_of(name)]
+
+
+def test_the_video_model_itself_is_refused_in_favour_of_its_detector(video_model):
+    with pytest.raises(TargetError, match=r"only a part of this one; pass model\.detector$"):
+        get_peft_sam3(video_model)
+
+
+def test_the_detector_of_the_video_model_takes_an_adapter_and_the_tracker_stays_as_it_is():
+    with on_meta():
+        video_model = build_sam3_video_model(bpe_path=str(bpe_path()), load_from_HF=False, device="meta")
+    before = list(dict(video_model.tracker.named_parameters()))
+    adapted = adapted_modules(get_peft_sam3(video_model.detector, "full"))
+    assert len(adapted) == 416
+    assert list(dict(video_model.tracker.named_parameters())) == before
+    assert not adapted_modules(video_model.tracker)
 
 
 def test_map_and_exclusions_name_every_layer_of_the_full_size_model_but_the_patch_embedding(full_size_model):
@@ -100,15 +135,15 @@ def test_the_map_names_only_layers_with_a_weight(full_size_model):
     assert all(isinstance(modules[n], (nn.Linear, nn.Conv2d)) for n in modules if component_of(n))
 
 
-def test_dead_modules_and_deconvolutions_are_there_but_never_resolved(full_size_names):
-    everything = resolve_targets(full_size_names, COMPONENTS, KINDS)
+@pytest.mark.parametrize("model", ["full_size", "tiny", "interactive", "video detector"])
+def test_dead_modules_and_deconvolutions_are_there_but_never_resolved(model, names):
+    everything = resolve_targets(names[model], COMPONENTS, KINDS)
     resolved = set(itertools.chain.from_iterable(everything.values()))
-    assert sorted(n for n in full_size_names if why_excluded(n)) == sorted(DEAD + DECONVOLUTIONS)
-    assert not resolved & set(DEAD + DECONVOLUTIONS)
-    assert len(resolved) == sum(FULL_SIZE.values())
+    assert sorted(n for n in names[model] if why_excluded(n)) == sorted(LEFT_OUT)
+    assert not resolved & set(LEFT_OUT)
 
 
-@pytest.mark.parametrize("name", DEAD + DECONVOLUTIONS)
+@pytest.mark.parametrize("name", LEFT_OUT)
 def test_an_excluded_module_has_a_reason(name):
     assert why_excluded(name) in {*DEAD_MODULES.values(), *UNSUPPORTED_MODULES.values()}
     assert component_of(name) is None
@@ -117,17 +152,6 @@ def test_an_excluded_module_has_a_reason(name):
 def test_no_module_belongs_to_two_parts(full_size_names):
     patterns = [pattern for kinds in PATTERNS.values() for pattern in kinds.values()]
     assert all(sum(re.fullmatch(p, name) is not None for p in patterns) <= 1 for name in full_size_names)
-
-
-def test_every_part_exists_in_the_tiny_model(tiny_names):
-    for component, kind in FULL_SIZE:
-        assert resolve_targets(tiny_names, [component], [kind])[component]
-
-
-def test_the_tracker_of_the_interactive_model_is_never_touched(full_size_names):
-    names = names_of(build_meta_sam3(enable_inst_interactivity=True))
-    assert any(name.startswith("inst_interactive_predictor") for name in names)
-    assert resolve_targets(names, COMPONENTS, KINDS) == resolve_targets(full_size_names, COMPONENTS, KINDS)
 
 
 def test_names_come_per_component_in_the_order_of_the_model():
@@ -154,16 +178,16 @@ def test_a_pattern_matches_the_full_name_only(name):
     assert component_of(name) is None
 
 
-def test_unknown_components_and_kinds_are_reported_together_with_the_close_match(tiny_names):
+def test_unknown_components_and_kinds_are_reported_together_with_the_close_match(names):
     with pytest.raises(ConfigError) as error:
-        resolve_targets(tiny_names, ["vison_encoder"], ["atention"])
+        resolve_targets(names["tiny"], ["vison_encoder"], ["atention"])
     assert "unknown component 'vison_encoder'; did you mean 'vision_encoder'?" in str(error.value)
     assert "unknown kind 'atention'; did you mean 'attention'?" in str(error.value)
 
 
-def test_a_component_without_any_requested_kind_is_an_error_that_lists_its_kinds(tiny_names):
+def test_a_component_without_any_requested_kind_is_an_error_that_lists_its_kinds(names):
     with pytest.raises(TargetError, match="scoring has nothing of kind 'attention'; its kinds are mlp, proj"):
-        resolve_targets(tiny_names, ["vision_encoder", "scoring"], ["attention"])
+        resolve_targets(names["tiny"], ["vision_encoder", "scoring"], ["attention"])
 
 
 def test_a_model_without_the_component_is_an_error():

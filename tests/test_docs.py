@@ -5,6 +5,7 @@ import ast
 import contextlib
 import inspect
 import io
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 import yaml
 
 import sam3_lora
+from sam3_lora.adapter_plan import plan_adapter
 from sam3_lora.cli import build_parser
+from sam3_lora.components import COMPONENTS, KINDS
+from sam3_lora.presets import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -92,7 +96,9 @@ def commands(document: Path) -> list[list[str]]:
         r"`(sam3-lora [^`\n]+)`", FENCE.sub("", text)
     )
     found = [
-        re.search(r"(?:^|[$ ]|=\S+ )sam3-lora ((?:train|evaluate|demo|presets|doctor)\b.*)", line)
+        re.search(
+            r"(?:^|[$ ]|=\S+ )sam3-lora ((?:train|evaluate|demo|presets|components|plan|doctor)\b.*)", line
+        )
         for line in lines
     ]
     return [shlex.split(match[1], comments=True) for match in found if match]
@@ -130,6 +136,37 @@ def test_the_reference_lists_every_option():
         if option not in ("-h", "--help") and f"`{option}" not in sections[verb]
     ]
     assert not missing
+
+
+def table_rows(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading; an empty first cell repeats the one above it."""
+    table = page.partition(f"## {heading}\n")[2].partition("| ---")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+    for above, row in itertools.pairwise(rows):
+        row[0] = row[0] or above[0]
+    return rows
+
+
+def test_the_table_of_components_has_the_numbers_of_the_model():
+    page = (ROOT / "docs" / "reference" / "components-and-presets.md").read_text(encoding="utf-8")
+    written = {
+        (row[0].strip("`"), row[1].split()[0]): (int(row[2]), int(row[3].replace(",", "")))
+        for row in table_rows(page, "Components")
+    }
+    everything = plan_adapter(Preset("all", dict.fromkeys(COMPONENTS, 1), KINDS))
+    assert written == {
+        (part.component, part.kind): (part.modules, part.trainable_parameters) for part in everything.parts
+    }
+
+
+def test_the_table_of_presets_has_the_numbers_of_the_model():
+    page = (ROOT / "docs" / "reference" / "components-and-presets.md").read_text(encoding="utf-8")
+    written = {row[0].strip("`"): row[2:] for row in table_rows(page, "Presets")}
+    assert list(written) == list(PRESETS)
+    for name, cells in written.items():
+        plan = plan_adapter(name)
+        expected = [str(plan.modules), f"{plan.trainable_parameters:,}", f"{plan.adapter_bytes / 1e6:.2f} MB"]
+        assert cells == [", ".join(PRESETS[name].kinds), *expected]
 
 
 def test_every_config_that_is_named_exists(document):

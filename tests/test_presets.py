@@ -3,14 +3,19 @@ import dataclasses
 import pytest
 
 from sam3_lora.errors import ConfigError
-from sam3_lora.presets import PRESETS, Preset, get_preset, override_preset
+from sam3_lora.presets import PRESETS, TRAINABLE_PARAMETERS, Preset, get_preset, override_preset
 
 BALANCED = get_preset("balanced")
 
 
-def test_the_presets_are_minimal_balanced_and_full_each_with_a_reason():
-    assert list(PRESETS) == ["minimal", "balanced", "full"]
-    assert all(preset.reason for preset in PRESETS.values())
+def test_every_preset_has_a_reason_of_its_own_and_a_count():
+    assert list(PRESETS)[:3] == ["minimal", "balanced", "full"]
+    assert len({preset.reason for preset in PRESETS.values()}) == len(PRESETS)
+    assert PRESETS.keys() == TRAINABLE_PARAMETERS.keys()
+
+
+def test_the_preset_for_video_adapts_nothing_that_the_tracker_reads():
+    assert "vision_encoder" not in get_preset("tracker_safe").components
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -79,6 +84,15 @@ def test_overrides_leave_the_preset_and_their_own_values_alone():
         pytest.param(
             {"lora_dropuot": 0.1}, "unknown override 'lora_dropuot'; did you mean 'lora_dropout'?", id="typo"
         ),
+        pytest.param({"rank": 8}, "unknown override 'rank'; it is r here", id="the seed's rank"),
+        pytest.param({"lora.rank": 8}, "unknown override 'lora.rank'; it is r here", id="the seed's key"),
+        pytest.param({"alpha": 16}, "unknown override 'alpha'; it is lora_alpha here", id="the seed's alpha"),
+        pytest.param(
+            {"apply_to_text_encoder": False},
+            "unknown override 'apply_to_text_encoder'; name the parts to adapt instead: components=[...], "
+            "with 'text_encoder' among them or not",
+            id="the seed's switch of a component",
+        ),
         pytest.param({"r": 0}, "r must be a whole number of 1 or more, got 0", id="r zero"),
         pytest.param({"r": "8x"}, "r must be a whole number of 1 or more, got '8x'", id="r text"),
         pytest.param({"r": 8.0}, "r must be a whole number of 1 or more, got 8.0", id="r float"),
@@ -130,3 +144,15 @@ def test_all_problems_are_reported_at_once():
 def test_a_preset_of_your_own_is_checked_when_it_is_made():
     with pytest.raises(ConfigError, match="scoring: r must be a whole number of 1 or more, got -1"):
         Preset(reason="", components={"scoring": -1}, kinds=("mlp",))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "components", "problem"),
+    [
+        pytest.param(0, {"vision_encoder": 8}, "a whole number of 1 or more, got 0", id="no block"),
+        pytest.param(4, {"scoring": 8}, "vision_encoder is not among the components", id="blocks of nothing"),
+    ],
+)
+def test_the_last_blocks_of_a_preset_of_your_own_are_checked(blocks, components, problem):
+    with pytest.raises(ConfigError, match=problem):
+        Preset(reason="", components=components, kinds=("mlp",), last_n_vision_blocks=blocks)

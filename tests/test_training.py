@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_module
+from official_step import register_resolvers
 from peft import PeftModel
-from sam3.train.utils.train_utils import register_omegaconf_resolvers
 from tiny_forward import forward
 
 from sam3_lora.adapter import adapted_modules, load_adapter
@@ -22,11 +22,12 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, DataError, OutputError, Sam3LoraError
 from sam3_lora.evaluation.metrics import evaluate_split
+from sam3_lora.presets import PRESETS
 from sam3_lora.training.launch import TrainSettings, run_yaml, train
 from sam3_lora.training.progress import PROGRESS_FILE
 from sam3_lora.training.trainer import METRICS, LoraTrainer
 
-CONFIGS = ("minimal", "balanced", "full", "demo")
+CONFIGS = (*PRESETS, "demo")
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "sam3_lora.json")
 
 
@@ -168,7 +169,7 @@ def test_the_demo_config_works_by_name_in_an_empty_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def composed():
-    register_omegaconf_resolvers()
+    register_resolvers()
     with initialize_config_module("sam3.train", version_base="1.2"):
         yield lambda name: compose(config_name=name)
 
@@ -234,6 +235,13 @@ def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
             "unknown key 'training.weigth_decay': training has no 'weigth_decay'; did you mean 'weight_decay'",
             id="config key",
         ),
+        pytest.param({"overrides": {"rank": 8}}, ConfigError, "it is r here", id="keyword of the seed"),
+        pytest.param(
+            {"config": {"lora.alpha": 16}},
+            ConfigError,
+            r"unknown key 'lora\.alpha'; it is lora_alpha here",
+            id="config key of the seed",
+        ),
         pytest.param({"base": "tinny"}, Sam3LoraError, "unknown base 'tinny'", id="base"),
         pytest.param({"data": Path("nowhere")}, DataError, "nowhere does not exist", id="data"),
     ],
@@ -274,6 +282,23 @@ def test_an_error_of_the_official_script_is_one_line_that_names_the_cause(datase
     text = str(caught.value)
     assert "not one full batch in the training data: 12 images, and the trainer takes 100 a step" in text
     assert "console.log" in text
+
+
+def test_a_lora_block_as_in_the_seed_is_refused_with_what_its_keys_are_called_here(dataset, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "# @package _global_\ndefaults: [/sam3_lora/minimal, /sam3_lora/tiny, _self_]\n"
+        "lora: {rank: 16, target_modules: [q_proj], apply_to_text_encoder: true, beta: 1}\n"
+    )
+    result = official_script("-c", str(run), cwd=tmp_path, DATASET_ROOT=str(dataset))
+    assert result.returncode != 0
+    for problem in (
+        "unknown key 'lora.rank'; it is r here",
+        "unknown key 'lora.target_modules'; a preset chooses them",
+        "unknown key 'lora.apply_to_text_encoder'; name the parts to adapt instead: components=[...]",
+        "unknown key 'lora.beta'; there is no such setting",
+    ):
+        assert problem in result.stderr
 
 
 def test_an_unknown_metric_for_the_best_adapter_is_refused(tmp_path):

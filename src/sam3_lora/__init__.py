@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sam3_lora.adapter import get_peft_sam3 as get_peft_sam3
     from sam3_lora.adapter import load_adapter as load_adapter
     from sam3_lora.adapter import save_adapter as save_adapter
+    from sam3_lora.adapter_plan import AdapterPlan as AdapterPlan
+    from sam3_lora.adapter_plan import plan_adapter as plan_adapter
     from sam3_lora.attention import fuse_attention as fuse_attention
     from sam3_lora.attention import split_attention as split_attention
     from sam3_lora.base.loading import load_base as load_base
@@ -43,6 +45,7 @@ __version__ = version("sam3-lora")
 
 # torch takes seconds to import: a name brings in its module when it is first used.
 _MODULES = {
+    "AdapterPlan": "adapter_plan",
     "Evaluation": "evaluation.compare",
     "Finding": "installation",
     "PRESETS": "presets",
@@ -64,6 +67,7 @@ _MODULES = {
     "get_preset": "presets",
     "load_adapter": "adapter",
     "load_base": "base.loading",
+    "plan_adapter": "adapter_plan",
     "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",
@@ -77,10 +81,19 @@ __all__ = [*_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
+        _refuse_seed_name(name)
         raise AttributeError(f"module 'sam3_lora' has no attribute {name!r}")
     value = getattr(import_module(f"sam3_lora.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _refuse_seed_name(name: str) -> None:
+    from sam3_lora.renamed import RENAMED_FUNCTIONS
+
+    if name in RENAMED_FUNCTIONS:
+        # An AttributeError would lose its text in `from sam3_lora import name`.
+        raise ImportError(f"sam3_lora has no {name}; {RENAMED_FUNCTIONS[name]}")
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,8 @@ from typing import Literal, get_args
 
 from sam3_lora.errors import ConfigError, TargetError, as_report, did_you_mean
 
-# Raise it when a name or pattern below changes: adapters record it, and load only where it is the same.
+# Raise it when a module changes its component or kind, or enters or leaves the map: the words of a saved adapter's
+# settings then stand for other modules. The golden list in tests/golden says which modules a version has.
 COMPONENT_MAP_VERSION = 1
 
 Component = Literal[
@@ -99,6 +100,29 @@ DEAD_MODULES: Mapping[str, str] = MappingProxyType(
 )
 UNSUPPORTED_MODULES: Mapping[str, str] = MappingProxyType(
     {_NECK + r"\.\d+\.dconv_2x2(_[01])?": "PEFT has no LoRA for ConvTranspose2d"}
+)
+
+# Parameters that no loss reaches: DistributedDataParallel must be told to look for them where they are trained, as whole
+# modules or biases. Every other parameter of the model takes part in every step, with a gradient of zero at times.
+UNUSED_PARAMETERS: tuple[str, ...] = (
+    _NECK + r"\.3\.(conv_1x1|conv_3x3)\.(weight|bias)",
+    r"segmentation_head\.pixel_decoder\.(conv_layers|norms)\.2\.(weight|bias)",
+    r"backbone\.language_backbone\.encoder\.text_projection",
+)
+# Their gradient is zero in some steps, which is no mistake.
+SOMETIMES_IDLE: Mapping[str, str] = MappingProxyType(
+    {
+        r"geometry_encoder\.boxes_\w+": (
+            "geometry_encoder.boxes_*: trained by box prompts only, and the configs of this library give none"
+        ),
+        r"backbone\.vision_backbone\.trunk\..*": (
+            "vision_encoder: DropPath leaves out a block now and then, which with one image a step gets no "
+            "gradient in that step"
+        ),
+        _NECK + r".*|segmentation_head\..*|dot_prod_scoring\..*|transformer\.decoder\.bbox_embed\..*": (
+            "neck, masks, scores and boxes: trained only by steps in which some prompt has an object"
+        ),
+    }
 )
 
 

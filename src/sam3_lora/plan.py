@@ -8,21 +8,39 @@ pattern of full names.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sam3_lora.components import PATTERNS, Component, component_of, resolve_targets, why_excluded
-from sam3_lora.errors import ConfigError, TargetError, as_report, did_you_mean
-from sam3_lora.presets import ALPHA_PER_R, OVERRIDES, PRESETS, Preset, number_problems, override_preset
-
-Targets = dict[Component, list[str]]  # component -> full names of modules
+from sam3_lora.components import PATTERNS, Component, component_of, resolve_targets
+from sam3_lora.errors import ConfigError, TargetError, as_report
+from sam3_lora.presets import (
+    ALPHA_PER_R,
+    OVERRIDES,
+    PRESETS,
+    Preset,
+    number_problems,
+    override_preset,
+    override_problems,
+)
+from sam3_lora.targets import (
+    LAST_BLOCKS,
+    Targets,
+    idle_entries,
+    keep_last_vision_blocks,
+    narrow_targets,
+    select_targets,
+    setting_problems,
+    type_problems,
+)
 
 # Settings that choose modules or strengths: they go into the plan, everything else goes to PEFT as it is.
 _RESOLVED = (
     *OVERRIDES,
+    LAST_BLOCKS,
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -30,9 +48,7 @@ _RESOLVED = (
     "rank_pattern",
     "alpha_pattern",
 )
-# sam3 calls these through activation_ckpt_wrapper, which cannot read the signature of PEFT's wrapper around
-# them (act_ckpt_utils.py:72).
-_NEVER_SAVED = r"segmentation_head|transformer\.decoder\.boxRPB_embed_[xy]|.*\.(layers|encode)\.\d+"
+_TRUNK = "backbone.vision_backbone.trunk"  # in every SAM3 image model, and in no tracker
 
 
 class Strength(NamedTuple):
@@ -66,10 +82,12 @@ def make_plan(
         TargetError: For settings that name nothing in this model, or modules that LoRA cannot act on.
     """
     names = list(module_names)
+    refuse_outer_model(names)
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        preset, targets = _choose(names, preset, given, lora_fields)
-        return _with_strengths(_narrow(targets, names, given), preset, given)
+        _raise_problems(names, preset, given, (*lora_fields, LAST_BLOCKS))
+        preset, targets = _choose(names, preset, given)
+        return _with_strengths(narrow_targets(targets, names, given), preset, given)
     except re.error as error:
         raise ConfigError(f"{error.pattern!r} is not a regular expression: {error}") from error
 
@@ -80,25 +98,67 @@ def preset_of(modules: Mapping[str, Strength], module_names: Iterable[str]) -> s
     ranks = {name: strength.r for name, strength in modules.items()}
     for preset_name, preset in PRESETS.items():
         with contextlib.suppress(TargetError):  # a model without, say, its segmentation head
-            targets = resolve_targets(names, preset.components, preset.kinds)
+            targets = _preset_targets(names, preset)
             if ranks == {name: preset.components[c] for c, found in targets.items() for name in found}:
                 return preset_name
     return None
 
 
-def _choose(
-    names: list[str], preset: Preset, given: Mapping[str, Any], lora_fields: Iterable[str]
-) -> tuple[Preset, Targets]:
-    """Return the preset with its overrides, and its modules or those that ``target_modules`` names."""
-    if "target_modules" not in given:
-        preset = override_preset(preset, given, lora_fields)
-        return preset, resolve_targets(names, preset.components, preset.kinds)
-    if both := [key for key in ("components", "kinds") if key in given]:
-        raise ConfigError(
-            f"target_modules and {' and '.join(both)} both choose modules; give only one of them"
+def refuse_outer_model(names: Collection[str]) -> None:
+    """Do nothing if these are the modules of an image model.
+
+    Raises:
+        TargetError: If it is only a part of the model, such as the detector of SAM3's video model.
+    """
+    inside = [name.removesuffix(f".{_TRUNK}") for name in names if name.endswith(f".{_TRUNK}")]
+    if inside and _TRUNK not in names:
+        raise TargetError(
+            f"adapters go on the image model, which is only a part of this one; pass model.{inside[0]}"
         )
-    targets = _select(names, given["target_modules"])
-    return override_preset(preset, {**given, "components": list(targets)}, lora_fields), targets
+
+
+def _raise_problems(names: list[str], preset: Preset, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise one error about every setting that is wrong whatever the others are."""
+    untyped = type_problems(given)
+    given = {key: value for key, value in given.items() if key not in untyped}
+    overrides = dict(given)
+    if "target_modules" in given:
+        overrides["components"] = list(select_targets(names, given["target_modules"]) or preset.components)
+    adaptable = [name for name in names if component_of(name)]
+    wrong = [
+        *untyped.values(),
+        *override_problems(preset, overrides, known),
+        *_pattern_number_problems(given),
+        *setting_problems(names, given),
+    ]
+    idle = idle_entries(names, given) + _idle_patterns(adaptable, given)
+    if wrong or idle:
+        raise (ConfigError if wrong else TargetError)(as_report(wrong + idle))
+
+
+def _choose(names: list[str], preset: Preset, given: Mapping[str, Any]) -> tuple[Preset, Targets]:
+    """Return the preset with its overrides, and its modules or those that ``target_modules`` names."""
+    ours = {key: value for key, value in given.items() if key in OVERRIDES}
+    if "target_modules" not in given:
+        preset = override_preset(_own_blocks(preset, given), ours)
+        return preset, _preset_targets(names, preset)
+    targets = select_targets(names, given["target_modules"])
+    return override_preset(preset, {**ours, "components": list(targets)}), targets
+
+
+def _own_blocks(preset: Preset, given: Mapping[str, Any]) -> Preset:
+    """Return the preset without its ``last_n_vision_blocks`` where a user's setting takes the place of it."""
+    components = given.get("components", preset.components)
+    if "vision_encoder" in components and not {LAST_BLOCKS, "layers_to_transform"} & given.keys():
+        return preset
+    return dataclasses.replace(preset, last_n_vision_blocks=None)
+
+
+def _preset_targets(names: list[str], preset: Preset) -> Targets:
+    targets = resolve_targets(names, preset.components, preset.kinds)
+    if preset.last_n_vision_blocks is None:
+        return targets
+    return keep_last_vision_blocks(targets, names, preset.last_n_vision_blocks)
 
 
 def _with_strengths(targets: Targets, preset: Preset, given: Mapping[str, Any]) -> Plan:
@@ -127,132 +187,29 @@ def _with_strengths(targets: Targets, preset: Preset, given: Mapping[str, Any]) 
 
 def _user_patterns(targets: Targets, given: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float]]:
     """Return the user's ``rank_pattern`` and ``alpha_pattern``; an r without any alpha brings its own."""
-    r, alpha = dict(given.get("rank_pattern", {})), dict(given.get("alpha_pattern", {}))
-    problems = number_problems(
-        {f"rank_pattern {key!r}": value for key, value in r.items()},
-        {f"alpha_pattern {key!r}": value for key, value in alpha.items()},
-    )
-    if problems:
-        raise ConfigError(as_report(problems))
-    names = [name for component in targets.values() for name in component]
-    idle = [
-        f"{setting} {key!r} is the pattern of no adapted module; it must match a name to its end, after a dot"
-        for setting, patterns in (("rank_pattern", r), ("alpha_pattern", alpha))
-        for key in patterns
-        if not any(_pattern_matches(key, name) for name in names)
-    ]
+    idle = _idle_patterns([name for names in targets.values() for name in names], given)
     if idle:
         raise TargetError(as_report(idle))
+    r, alpha = dict(given.get("rank_pattern", {})), dict(given.get("alpha_pattern", {}))
     if "lora_alpha" not in given:
         alpha = {key: ALPHA_PER_R * value for key, value in r.items()} | alpha
     return r, alpha
 
 
-def _narrow(targets: Targets, names: list[str], given: Mapping[str, Any]) -> Targets:
-    """Apply ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save``."""
-    if "exclude_modules" in given:
-        targets = _exclude(targets, given["exclude_modules"])
-    if "layers_to_transform" in given:
-        targets = _keep_layers(targets, given["layers_to_transform"], given.get("layers_pattern"))
-    elif "layers_pattern" in given:
-        raise ConfigError("layers_pattern has no effect without layers_to_transform")
-    if "modules_to_save" in given:
-        targets = _outside_saved(targets, names, list(given["modules_to_save"]))
-    return targets
-
-
-def _select(names: list[str], target_modules: str | Iterable[str]) -> Targets:
-    """Return the modules of the component map that PEFT's ``target_modules`` names.
-
-    Modules outside the map, such as those of the video tracker, never count.
-    """
-    places = {name: place for name in names if (place := component_of(name))}
-    endings = sorted({name.rpartition(".")[2] for name in places})
-    problems = []
-    targets: Targets = {}
-    for entry in _entries(target_modules):
-        matched = [name for name in names if _entry_matches(entry, name, target_modules)]
-        excluded = [f"{name} ({reason})" for name in matched if (reason := why_excluded(name))]
-        if excluded:
-            problems.append(f"target_modules {entry!r} would have no effect on {', '.join(excluded)}")
-        elif not places.keys() & matched:
-            close = did_you_mean(entry, [*endings, *places])
-            problems.append(f"target_modules {entry!r} names no module that LoRA can adapt{close}")
-    if problems:
-        raise TargetError(as_report(problems))
-    entries = _entries(target_modules)
-    for name, (component, _) in places.items():
-        if any(_entry_matches(entry, name, target_modules) for entry in entries):
-            targets.setdefault(component, []).append(name)
-    return targets
-
-
-def _exclude(targets: Targets, exclude_modules: str | Iterable[str]) -> Targets:
-    entries = _entries(exclude_modules)
-    names = [name for component in targets.values() for name in component]
-    idle = [e for e in entries if not any(_entry_matches(e, name, exclude_modules) for name in names)]
-    if idle:
-        raise TargetError(as_report([f"exclude_modules {entry!r} excludes nothing" for entry in idle]))
-    return _keep(
-        targets,
-        "exclude_modules",
-        lambda name: not any(_entry_matches(entry, name, exclude_modules) for entry in entries),
+def _pattern_number_problems(given: Mapping[str, Any]) -> list[str]:
+    return number_problems(
+        {f"rank_pattern {key!r}": value for key, value in given.get("rank_pattern", {}).items()},
+        {f"alpha_pattern {key!r}": value for key, value in given.get("alpha_pattern", {}).items()},
     )
 
 
-def _keep_layers(
-    targets: Targets, layers_to_transform: int | Iterable[int], layers_pattern: str | Iterable[str] | None
-) -> Targets:
-    """Keep the targets in the given layers, by PEFT's rule: the first number in a name is its layer."""
-    layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-    lists = "|".join(_entries(layers_pattern)) if layers_pattern else r"[^.]*"
-
-    def in_layers(name: str) -> bool:
-        found = re.match(rf"(?:^|.*?\.)(?:{lists})\.(\d+)\.", name)
-        return found is not None and int(found[1]) in layers
-
-    return _keep(targets, "layers_to_transform", in_layers)
-
-
-def _outside_saved(targets: Targets, names: list[str], modules_to_save: list[str]) -> Targets:
-    """Leave out the targets inside modules that are trained and saved whole."""
-    saved = {entry: [name for name in names if f".{name}".endswith(f".{entry}")] for entry in modules_to_save}
-    endings = {name.rpartition(".")[2] for name in names}
-    problems = [
-        f"modules_to_save {entry!r} names no module{did_you_mean(entry, endings)}"
-        for entry, matched in saved.items()
-        if not matched
+def _idle_patterns(names: list[str], given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{setting} {key!r} is the pattern of no adapted module; it must match a name to its end, after a dot"
+        for setting in ("rank_pattern", "alpha_pattern")
+        for key in given.get(setting, ())
+        if not any(_pattern_matches(key, name) for name in names)
     ]
-    problems += [
-        f"modules_to_save {entry!r} would wrap {name!r}, which sam3's activation checkpointing cannot call; "
-        "name its children"
-        for entry, matched in saved.items()
-        for name in matched
-        if re.fullmatch(_NEVER_SAVED, name)
-    ]
-    if problems:
-        raise TargetError(as_report(problems))
-    whole = [name for matched in saved.values() for name in matched]
-    inside = tuple(f"{name}." for name in whole)
-    return _keep(targets, "modules_to_save", lambda name: not f"{name}.".startswith(inside))
-
-
-def _keep(targets: Targets, setting: str, wanted: Callable[[str], bool]) -> Targets:
-    kept = {component: [name for name in names if wanted(name)] for component, names in targets.items()}
-    if not any(kept.values()):
-        raise TargetError(f"{setting} leaves no module to adapt")
-    return {component: names for component, names in kept.items() if names}
-
-
-def _entries(selection: str | Iterable[str]) -> list[str]:
-    return [selection] if isinstance(selection, str) else list(selection)
-
-
-def _entry_matches(entry: str, name: str, selection: str | Iterable[str]) -> bool:
-    """Apply PEFT's rule: a lone string is a full-match pattern, one of a list a name or the end of it."""
-    if isinstance(selection, str):
-        return re.fullmatch(entry, name) is not None
-    return name == entry or name.endswith(f".{entry}")
 
 
 def _pattern_matches(key: str, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 
 from sam3_lora.components import COMPONENTS, KINDS, Component, Kind, unknown_names
 from sam3_lora.errors import ConfigError, as_report
+from sam3_lora.renamed import RENAMED_SETTINGS
 
 ALPHA_PER_R = (
     2  # lora_alpha / r, the factor on the weight change: the same everywhere, unless it is overridden
@@ -34,12 +35,14 @@ class Preset:
     lora_alpha: Mapping[Component, float] = field(
         default_factory=dict
     )  # component -> alpha, 2 r where none is given
+    last_n_vision_blocks: int | None = None  # None: all of them
 
     def __post_init__(self) -> None:
         problems = [
             *_name_problems("component", self.components, COMPONENTS),
             *_name_problems("kind", self.kinds, KINDS),
             *number_problems(self.components, self.lora_alpha),
+            *_last_blocks_problems(self),
         ]
         if problems:
             raise ConfigError(as_report(problems))
@@ -75,24 +78,84 @@ def number_problems(r: Mapping[Any, Any], lora_alpha: Mapping[Any, Any]) -> list
     ]
 
 
-# The reasons count trainable parameters on the full-size model; tests/test_adapter.py checks each of them.
+def _last_blocks_problems(preset: Preset) -> list[str]:
+    value = preset.last_n_vision_blocks
+    if value is None:
+        return []
+    problems = []
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        problems.append(f"last_n_vision_blocks must be a whole number of 1 or more, got {value!r}")
+    if "vision_encoder" not in preset.components:
+        problems.append("last_n_vision_blocks has no effect: vision_encoder is not among the components")
+    return problems
+
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "minimal": Preset(
-            reason="the DETR decoder alone (516,096 parameters): few images, or close to photographs",
+            reason="the DETR decoder alone: few images, or close to photographs",
             components={"detr_decoder": 8},
             kinds=("attention", "mlp"),
         ),
         "balanced": Preset(
-            reason="attention of encoders and decoder (4,128,768 parameters): a good first choice",
+            reason="attention of encoders and decoder: a good first choice",
             components={"vision_encoder": 8, "text_encoder": 8, "detr_encoder": 16, "detr_decoder": 16},
             kinds=("attention",),
         ),
         "full": Preset(
-            reason="balanced and the MLPs, at a higher rank (14,893,056 parameters): many images",
+            reason="balanced and the MLPs, at a higher rank: many images",
             components={"vision_encoder": 12, "text_encoder": 12, "detr_encoder": 24, "detr_decoder": 24},
             kinds=("attention", "mlp"),
         ),
+        "light": Preset(
+            # Gradients end after 4 of the 32 blocks of the ViT, which is most of a step's work and activations.
+            reason="balanced for a GPU of 8 GB: the last 4 blocks of the vision encoder, no text encoder",
+            components={"vision_encoder": 8, "detr_encoder": 8, "detr_decoder": 8},
+            kinds=("attention",),
+            last_n_vision_blocks=4,
+        ),
+        "vision": Preset(
+            reason="images of another kind, such as X-ray or from above; words that SAM3 knows",
+            components={"vision_encoder": 16},
+            kinds=("attention",),
+        ),
+        "text": Preset(
+            reason="words that SAM3 does not know, for things that it can see",
+            components={"text_encoder": 8},
+            kinds=("attention",),
+        ),
+        "detr": Preset(
+            # As cheap as minimal but for the layers of the encoder: no gradient runs into the ViT.
+            reason="which objects a prompt means, and where they are; both encoders stay as they are",
+            components={"detr_encoder": 16, "detr_decoder": 16},
+            kinds=("attention", "mlp"),
+        ),
+        "segmentation_head": Preset(
+            reason="the right objects are found, and their outlines are wrong",
+            components={"segmentation_head": 16},
+            kinds=("attention", "mlp", "conv"),
+        ),
+        "tracker_safe": Preset(
+            # The tracker reads the features of the same ViT (sam3_video_base.py): adapters there would move them.
+            reason="for video: balanced without the vision encoder, so that the tracker sees what it was trained on",
+            components={"text_encoder": 8, "detr_encoder": 16, "detr_decoder": 16},
+            kinds=("attention",),
+        ),
+    }
+)
+
+#: Trainable parameters on the full-size model; tests/test_adapter.py counts them.
+TRAINABLE_PARAMETERS: Mapping[str, int] = MappingProxyType(
+    {
+        "minimal": 516_096,
+        "balanced": 4_128_768,
+        "full": 14_893_056,
+        "light": 688_128,
+        "vision": 3_145_728,
+        "text": 1_572_864,
+        "detr": 1_867_776,
+        "segmentation_head": 151_568,
+        "tracker_safe": 2_555_904,
     }
 )
 
@@ -125,29 +188,54 @@ def override_preset(preset: Preset, overrides: Mapping[str, Any], also_known: It
     Raises:
         ConfigError: With every unknown keyword, unknown name and wrong number at once.
     """
-    problems = unknown_names("override", overrides, (*OVERRIDES, *also_known))
+    problems = override_problems(preset, overrides, also_known)
+    if problems:
+        raise ConfigError(as_report(problems))
+    r, kinds, alpha = _overridden(preset, overrides)
+    return dataclasses.replace(preset, components=r, kinds=kinds, lora_alpha=alpha)
+
+
+def override_problems(
+    preset: Preset, overrides: Mapping[str, Any], also_known: Iterable[str] = ()
+) -> list[str]:
+    """Return what :func:`override_preset` would complain about, a text for each."""
+    r, kinds, alpha = _overridden(preset, overrides)
     components = _as_tuple(overrides.get("components", tuple(preset.components)))
-    kinds = _as_tuple(overrides.get("kinds", preset.kinds))
+    return [
+        *_unknown_keywords(overrides, (*OVERRIDES, *also_known)),
+        *_name_problems("component", components, COMPONENTS),
+        *_name_problems("kind", kinds, KINDS),
+        *_strays("r", _per_component(overrides.get("r"), components), r),
+        *_strays("lora_alpha", _per_component(overrides.get("lora_alpha"), components), r),
+        *number_problems(r, alpha),
+    ]
+
+
+def _overridden(
+    preset: Preset, overrides: Mapping[str, Any]
+) -> tuple[dict[Any, Any], tuple[Any, ...], dict[Any, Any]]:
+    """Return r by component, kinds, and alpha by component where it is not 2 r; all of them unchecked."""
+    components = _as_tuple(overrides.get("components", tuple(preset.components)))
     given_r = _per_component(overrides.get("r"), components)
     given_alpha = _per_component(overrides.get("lora_alpha"), components)
-
     lowest = min(preset.components.values())
     r = {c: given_r.get(c, preset.components.get(c, lowest)) for c in components}
     kept_alpha = {c: a for c, a in preset.lora_alpha.items() if c in r and c not in given_r}
     alpha = kept_alpha | {c: a for c, a in given_alpha.items() if c in r}
+    return r, _as_tuple(overrides.get("kinds", preset.kinds)), alpha
 
-    problems += _name_problems("component", components, COMPONENTS) + _name_problems("kind", kinds, KINDS)
-    problems += [
-        p for word, given in (("r", given_r), ("lora_alpha", given_alpha)) for p in _strays(word, given, r)
-    ]
-    problems += number_problems(r, alpha)
-    if problems:
-        raise ConfigError(as_report(problems))
-    return dataclasses.replace(preset, components=r, kinds=kinds, lora_alpha=alpha)
+
+def _unknown_keywords(overrides: Iterable[str], known: tuple[str, ...]) -> list[str]:
+    renamed = {name: text for name in overrides if (text := RENAMED_SETTINGS.get(name.removeprefix("lora.")))}
+    others = [name for name in overrides if name not in renamed]
+    return [f"unknown override {name!r}; {text}" for name, text in renamed.items()] + unknown_names(
+        "override", others, known
+    )
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    values = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    return tuple(v if isinstance(v, Hashable) else repr(v) for v in values)
 
 
 def _per_component(value: Any, components: Iterable[Any]) -> dict[Any, Any]:

@@ -31,9 +31,10 @@ from sam3_lora.adapter.layers import (
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, as_report
 from sam3_lora.fingerprint import base_fingerprint, changed_components
+from sam3_lora.liveness import uncalled_modules
 from sam3_lora.model_card import model_card
 from sam3_lora.output import replaced_folder
-from sam3_lora.plan import preset_of
+from sam3_lora.plan import preset_of, refuse_outer_model
 from sam3_lora.record import (
     RECORD_FILE,
     AdapterRecord,
@@ -126,8 +127,10 @@ def load_adapter(
     Raises:
         AdapterError: If files are missing, damaged or changed, tensors do not fit, or base or versions are others;
             lists all of it.
+        TargetError: If the image model is only a part of ``model``.
     """
     refuse_adapted(model)
+    refuse_outer_model([name for name, _ in model.named_modules()])
     saved = _read_adapter(Path(folder))
     config, fingerprint = saved.config, base_fingerprint(model.named_parameters())
     config.inference_mode = not is_trainable
@@ -226,6 +229,10 @@ def _refuse_misfits(
             problems.append(
                 f"{CONFIG_FILE}: modules, r or lora_alpha are not those that the adapter was saved with"
             )
+        problems += [
+            f"{name}: {reason}"
+            for name, reason in uncalled_modules(model, strengths_of(trial, adapter_name)).items()
+        ]
         problems += _tensor_problems(saved.tensors, adapter_tensors(trial, adapter_name))
     if problems:
         raise AdapterError(f"{str(saved.folder)!r} does not fit this model: {as_report(problems)}")

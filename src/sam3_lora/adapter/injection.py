@@ -18,6 +18,7 @@ from sam3_lora.adapter.layers import Origin, inner_model, refuse_adapted, rememb
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.fingerprint import base_fingerprint
+from sam3_lora.liveness import refuse_uncalled
 from sam3_lora.plan import Plan, make_plan
 from sam3_lora.presets import Preset, get_preset
 
@@ -42,8 +43,8 @@ def get_peft_sam3(
         preset: A name from :data:`sam3_lora.presets.PRESETS`, or a preset of your own.
         adapter_name: PEFT's name for the adapter.
         **overrides: ``components`` and ``kinds`` to adapt; ``r`` and ``lora_alpha``, a number or one per
-            component; and every other field of PEFT's ``LoraConfig``. ``target_modules`` replaces components
-            and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
+            component; ``last_n_vision_blocks``, to leave out the blocks before them; and every other field of PEFT's
+            ``LoraConfig``. ``target_modules`` replaces components and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
 
     Raises:
         ConfigError: For unknown presets and overrides, and values out of range; all at once.
@@ -56,6 +57,7 @@ def get_peft_sam3(
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
     sample = _one_of_each_kind(trial, plan)
     _check_wrapped(try_on(trial, _lora_config(sample), adapter_name), adapter_name, sample)
+    refuse_uncalled(model, plan.modules)
 
     if "base_model_name_or_path" in plan.lora_config:
         model.name_or_path = plan.lora_config["base_model_name_or_path"]

@@ -67,6 +67,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def strengths_of(inner: nn.Module, adapter_name: str) -> dict[str, Strength]:
+    """Return r and alpha of every module that an adapter wraps, by official name."""
     return {
         name: Strength(module.r[adapter_name], module.lora_alpha[adapter_name])
         for name, module in inner.named_modules()

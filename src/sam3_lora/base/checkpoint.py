@@ -54,23 +54,38 @@ def absolute_base(base: str) -> str:
     return str(path.resolve()) if path.is_file() else base
 
 
+def check_base(base: str) -> None:
+    """Do nothing if a name can stand for a base; that a Hub repository exists is not found out.
+
+    Raises:
+        CheckpointError: If there is no such base or file.
+    """
+    if base in BASES:
+        return
+    if _is_file(base):
+        existing_checkpoint(Path(base).expanduser())
+    elif base.count("/") != 1 or base.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"unknown base {base!r}{did_you_mean(base, BASES)} (a base is one of {', '.join(BASES)}, "
+            f"a Hub repository, or the path of a {CHECKPOINT_FILE})"
+        )
+
+
 def find_checkpoint(base: str) -> Path | None:
     """Return the checkpoint file of a base, downloading it if need be; ``None`` if the base needs none.
 
     Raises:
         CheckpointError: If there is no such base or file, or no access to it; it says how to get it.
     """
+    check_base(base)
     if base in ("tiny", "random"):
         return None
+    return Path(base).expanduser() if _is_file(base) else hub_checkpoint(base)
+
+
+def _is_file(base: str) -> bool:
     path = Path(base).expanduser()
-    if path.suffix in {".pt", ".pth"} or path.exists():
-        return existing_checkpoint(path)
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        return hub_checkpoint(base)
-    raise CheckpointError(
-        f"unknown base {base!r}{did_you_mean(base, BASES)} (a base is one of {', '.join(BASES)}, "
-        f"a Hub repository, or the path of a {CHECKPOINT_FILE})"
-    )
+    return path.suffix in {".pt", ".pth"} or path.exists()
 
 
 def existing_checkpoint(path: Path) -> Path:

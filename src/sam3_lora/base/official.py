@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def build_meta_sam3(enable_segmentation: bool = True, enable_inst_interactivity:
 
     It can be counted and adapted, not run: some tables of the official classes are no buffers.
     """
-    with torch.device("meta"), _OnMeta():
+    with on_meta():
         return build_sam3_image_model(
             bpe_path=str(bpe_path()),
             device="cpu",
@@ -79,6 +80,13 @@ def build_meta_sam3(enable_segmentation: bool = True, enable_inst_interactivity:
             enable_segmentation=enable_segmentation,
             enable_inst_interactivity=enable_inst_interactivity,
         )
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Let the official builders make their models without memory, also where they name a device."""
+    with torch.device("meta"), _OnMeta():
+        yield
 
 
 def _build(eval_mode: bool, enable_segmentation: bool) -> Sam3Image:

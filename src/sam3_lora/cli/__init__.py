@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sam3_lora.cli import demo, doctor, evaluate, predict, presets, train, verify
+from sam3_lora.cli import components, demo, doctor, evaluate, plan, predict, presets, train, verify
 from sam3_lora.cli.arguments import Parser
 from sam3_lora.errors import Sam3LoraError, did_you_mean
 
@@ -20,6 +20,8 @@ _VERBS = {
     "evaluate": evaluate,
     "demo": demo,
     "presets": presets,
+    "components": components,
+    "plan": plan,
     "verify": verify,
     "doctor": doctor,
 }

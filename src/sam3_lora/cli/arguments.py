@@ -104,6 +104,10 @@ def setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key.strip() or not equals:
         raise argparse.ArgumentTypeError(f"needs key=value, such as r=16, got {text!r}")
+    if key.strip() in ("preset", "base"):
+        raise argparse.ArgumentTypeError(f"{key.strip()} is an option of its own: --{key.strip()} {value}")
+    if key.strip() in ("model", "adapter_name"):
+        raise argparse.ArgumentTypeError(f"{key.strip()} is no setting of an adapter")
     if value in _PYTHON_WORDS:
         return key.strip(), _PYTHON_WORDS[value]
     try:

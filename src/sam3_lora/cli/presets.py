@@ -20,12 +20,18 @@ def add_options(parser: Parser) -> None:
 
 def _presets(args: argparse.Namespace) -> None:
     from sam3_lora.cli import tables
-    from sam3_lora.presets import PRESETS
+    from sam3_lora.presets import PRESETS, TRAINABLE_PARAMETERS
 
     if args.json:
         tables.print_json(
             {
-                name: {"components": dict(preset.components), "kinds": preset.kinds, "reason": preset.reason}
+                name: {
+                    "components": dict(preset.components),
+                    "kinds": preset.kinds,
+                    "last_n_vision_blocks": preset.last_n_vision_blocks,
+                    "trainable_parameters": TRAINABLE_PARAMETERS[name],
+                    "reason": preset.reason,
+                }
                 for name, preset in PRESETS.items()
             }
         )
@@ -36,8 +42,9 @@ def _presets(args: argparse.Namespace) -> None:
             "\n".join(preset.components),
             "\n".join(map(str, preset.components.values())),
             ", ".join(preset.kinds),
+            f"{TRAINABLE_PARAMETERS[name]:,}",
             preset.reason,
         ]
         for name, preset in PRESETS.items()
     ]
-    tables.print_table("Presets", ["preset", "component", "r", "layers", "for"], rows)
+    tables.print_table("Presets", ["preset", "component", "r", "layers", "parameters", "for"], rows)

@@ -26,7 +26,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_lines=True)
     for name in header:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # Text, because brackets in a plain string would be markup
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
@@ -50,6 +50,14 @@ def print_facts(facts: Mapping[str, str]) -> None:
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         print(f"{name:<{width}}" + value.replace("\n", "\n" + " " * width))
+
+
+def names_by_reason(reasons: Mapping[str, str]) -> str:
+    """Return each name on a line of its own, below the reason that they share."""
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        lines += [f"{reason}:", *(f"  {name}" for name, why in reasons.items() if why == reason)]
+    return "\n".join(lines)
 
 
 def share_of_parameters(trainable: int, total: int) -> str:

@@ -21,6 +21,7 @@ from sam3_lora.data.check import check_dataset
 from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.presets import get_preset
+from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 
 RUN_FILE = "run.yaml"
@@ -162,6 +163,8 @@ def check_settings(settings: TrainSettings) -> None:
 
 def _unknown_key(key: str, preset: str) -> list[str]:
     """Return a problem if a dotted key is in none of the config files that a run of this preset is made of."""
+    if key.startswith("lora."):
+        return seed_block_problems({key.removeprefix("lora."): None})
     folder = files("sam3_lora.configs") / "sam3_lora"
     known = OmegaConf.merge(
         *(OmegaConf.create((folder / f"{name}.yaml").read_text()) for name in ("common", preset, "tiny"))

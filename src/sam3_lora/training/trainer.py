@@ -21,6 +21,7 @@ from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic, write_text_atomic
+from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
@@ -65,6 +66,7 @@ class LoraTrainer(Trainer):
         best_metric: ``segm_AP``, ``segm_AP50``, ``bbox_AP`` or ``bbox_AP50``; ``None`` keeps no best adapter.
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
+        lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer`.
     """
 
@@ -75,6 +77,7 @@ class LoraTrainer(Trainer):
         best_metric: str | None = "segm_AP",
         adapter_freq: int = 1,
         prepare: Mapping[str, Any] | None = None,
+        lora: Mapping[str, Any] | None = None,
         accelerator: str = "auto",
         seed_value: int = 0,
         optim: Mapping[str, Any] | None = None,
@@ -95,6 +98,8 @@ class LoraTrainer(Trainer):
             **{name: official.get(name) for name in _COMPARED_ON_RESUME},
         }
         with _own_errors_reported(self._logs):
+            if lora is not None:
+                raise ConfigError(as_report(seed_block_problems(lora)))
             if best_metric is not None and best_metric not in METRICS:
                 raise ConfigError(
                     f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
