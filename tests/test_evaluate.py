@@ -1,6 +1,7 @@
 """Base and adapters side by side: the numbers of separate runs, image features computed once, clear refusals."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from sam3_lora.evaluation import batches
 from sam3_lora.evaluation.compare import unique_names
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.evaluation.scores import cgf1, score_predictions
+from sam3_lora.report import report_of_evaluation
 
 from sam3.model.vitdet import ViT  # isort: skip  (after the modules that stand in for triton)
 
@@ -378,6 +380,42 @@ def test_the_command_shows_both_tables_and_writes_what_it_showed(data, adapters,
     assert predictions == result.adapters["vision"].predictions
     assert main(command) == 1
     assert "--overwrite to replace it" in capsys.readouterr().err
+
+
+def test_the_report_of_an_evaluation_shows_all_models_side_by_side(data, adapters, result, tmp_path):
+    text = report_of_evaluation(result, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Evaluation on “valid”</h1>" in text
+    assert re.findall(r"<h2.*?>(.*?)</h2>", text) == [
+        "Results", "What was evaluated", "Results by class", "Pictures",
+    ]  # fmt: skip
+    assert (
+        f"<dd>{IMAGES} images, " in text
+        and "<dd>red circle, blue square, green star, purple cross</dd>" in text
+    )
+    for name, folder in adapters.items():
+        assert f'<th scope="col">{name}</th>' in text
+        assert re.search(rf"<dt>Adapter “{name}”</dt><dd>{folder}, \d+ kB</dd>", text)
+        assert f">{result.adapters[name].overall.cgF1:.3f}</span>" in text
+    no_objects = text.partition(f"<span>{NOWHERE}</span>")[2].partition("</tbody>")[0]
+    assert re.findall(r"<td>(.*?)</td>", no_objects) == ["–"] * 5 * 9
+    assert len(re.findall("<article>", text)) == IMAGES, "two of each group"
+    assert text.count("<img ") == IMAGES * (len(adapters) + 2)
+
+
+def test_the_command_writes_a_report_of_the_base_alone(data, tmp_path, capsys):
+    output = tmp_path / "evaluation"
+    command = ["evaluate", "--data", str(data), "--base", "tiny", "--output", str(output), "--report"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["Report", str(output / "report.html")]
+    text = (output / "report.html").read_text(encoding="utf-8")
+    assert "<dt>Adapter" not in text and "difference" not in text
+    assert text.count("<img ") == IMAGES * 2
+
+
+def test_a_report_without_a_folder_for_it_is_wrong_usage(data, capsys):
+    assert main(["evaluate", "--data", str(data), "--base", "tiny", "--report"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("error: --report needs a folder for report.html: add --output DIR")
 
 
 def test_the_command_prints_one_json_document(data, result, capsys):

@@ -45,12 +45,21 @@ class ModelEvaluation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and adapters on one split. ``split`` is its folder, ``base_name`` what :func:`sam3_lora.load_base` took."""
+    """Base and adapters on one split.
+
+    Attributes:
+        split: Its folder.
+        base_name: What :func:`sam3_lora.load_base` took.
+        base: What the base reached.
+        adapters: What each adapter reached, by name.
+        folders: Where each adapter lies, by the same names.
+    """
 
     split: Path
     base_name: str
     base: ModelEvaluation
     adapters: Mapping[str, ModelEvaluation]
+    folders: Mapping[str, Path]
 
     def as_dict(self) -> dict[str, Any]:
         """Return ``base``, ``adapters`` by name and, when there is exactly one, ``adapter``."""
@@ -114,7 +123,7 @@ def evaluate(
             on_progress=on_progress,
         )
     of_base, *of_adapters = (_scored(folder, results) for results in predictions)
-    return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)))
+    return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)), named)
 
 
 def save_evaluation(evaluation: Evaluation, output: Path, *, overwrite: bool = False) -> None:

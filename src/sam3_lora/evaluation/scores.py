@@ -29,6 +29,9 @@ CocoResult = dict[str, Any]
 IouType = Literal["bbox", "segm"]
 IOU_TYPES: tuple[IouType, IouType] = ("bbox", "segm")
 
+#: Those of :class:`Scores` that say most about a single class.
+CLASS_METRICS = ("bbox_AP50", "segm_AP50", "segm_AP", "mean_IoU", "cgF1")
+
 _CONFIDENT = (
     0.5  # from this score on a prediction counts for cgF1 (CGF1Eval's threshold) and for the mean IoU
 )

@@ -16,15 +16,13 @@ from sam3_lora.data.coco import ANNOTATION_FILE, Split, read_split
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.evaluation.scores import CocoResult
 from sam3_lora.inference import bfloat16_on_cuda
+from sam3_lora.report.facts import amount_of, prompts_in_words, size_on_disk
 from sam3_lora.report.history import History, ReportError, read_history
-from sam3_lora.report.page import write_report
+from sam3_lora.report.page import REPORT_FILE, write_report
 from sam3_lora.report.pictures import choose_pictures
 from sam3_lora.training.progress import BEST_METRICS_FILE
 from sam3_lora.training.trainer import BEST_DUMPS, METRICS
 
-REPORT_FILE = "report.html"
-
-_SHOWN_PROMPTS = 12
 _BASE_NOTE = "base: measured after the training, on the same images and with the same settings as the validations of the run."
 
 
@@ -141,29 +139,13 @@ def _facts(
         "Base model": config["base"]["name"],
         "Adapted modules": f"{start['adapted_modules']:,}" if "adapted_modules" in start else "not recorded",
         "Trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
-        "Adapter on disk": _size(run_folder / "adapters" / "best" / WEIGHTS_FILE),
-        "Training data": _amount(train),
-        "Validation data": _amount(valid),
+        "Adapter on disk": size_on_disk(run_folder / "adapters" / "best" / WEIGHTS_FILE),
+        "Training data": amount_of(train),
+        "Validation data": amount_of(valid),
         "Epochs": epochs,
         "Learning rate": f"{training['lr']:g}",
         "Images per step": f"{training['batch_size'] * training['gradient_accumulation_steps']:,} on each process",
         "Seed": str(training["seed"]),
-        "Prompts": _prompts(valid.prompts),
+        "Prompts": prompts_in_words(valid.prompts),
     }
     return facts
-
-
-def _size(file: Path) -> str:
-    if not file.is_file():
-        return "not there"
-    size = file.stat().st_size
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
-
-
-def _amount(split: Split) -> str:
-    return f"{len(split.images):,} images, {sum(split.objects_per_prompt.values()):,} objects"
-
-
-def _prompts(prompts: Sequence[str]) -> str:
-    more = len(prompts) - _SHOWN_PROMPTS
-    return ", ".join(prompts[:_SHOWN_PROMPTS]) + (f" and {more:,} more" if more > 0 else "")
