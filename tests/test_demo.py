@@ -30,6 +30,7 @@ def demo(tmp_path_factory):
 class TestDemo:
     def test_the_base_finds_nothing_and_the_adapter_finds_it(self, demo):
         metrics = demo[1]
+        assert set(metrics["base"]) == set(metrics["adapter"]) == {*METRICS, "cgF1"}
         assert metrics["base"]["bbox_AP50"] <= 0.1
         assert metrics["base"]["segm_AP50"] <= 0.1
         assert metrics["adapter"]["bbox_AP50"] >= 0.70

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sam3_lora.data.check import check_dataset
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.errors import AdapterError, ConfigError, DataError, as_report, did_you_mean
 from sam3_lora.evaluation.metrics import predict_split
-from sam3_lora.evaluation.scores import CocoResult, Scores, read_truth, score_predictions
+from sam3_lora.evaluation.scores import ModelEvaluation, read_truth, score_predictions
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
 
@@ -27,20 +27,6 @@ StrPath = str | Path
 
 METRICS_FILE = "metrics.json"
 PREDICTIONS_FOLDER = "predictions"
-
-
-@dataclass(frozen=True)
-class ModelEvaluation:
-    """Scores of one model on the whole split and by prompt, and the predictions behind them."""
-
-    overall: Scores
-    per_class: Mapping[str, Scores]
-    predictions: Sequence[CocoResult] = field(repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers under the names of ``metrics.json``, those of each class in ``per_class``."""
-        per_class = {prompt: scores.as_dict() for prompt, scores in self.per_class.items()}
-        return {**self.overall.as_dict(), "per_class": per_class}
 
 
 @dataclass(frozen=True)
@@ -122,7 +108,7 @@ def evaluate(
             device=model.device,
             on_progress=on_progress,
         )
-    of_base, *of_adapters = (_scored(folder, results) for results in predictions)
+    of_base, *of_adapters = (score_predictions(folder / ANNOTATION_FILE, results) for results in predictions)
     return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)), named)
 
 
@@ -138,10 +124,6 @@ def save_evaluation(evaluation: Evaluation, output: Path, *, overwrite: bool = F
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(file, model.predictions)
     write_json_atomic(output / METRICS_FILE, evaluation.as_dict())
-
-
-def _scored(folder: Path, predictions: Sequence[CocoResult]) -> ModelEvaluation:
-    return ModelEvaluation(*score_predictions(folder / ANNOTATION_FILE, predictions), predictions)
 
 
 def _checked_split(data: Path, split: StrPath) -> Path:

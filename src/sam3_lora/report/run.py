@@ -121,7 +121,7 @@ def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
             batch_size=config["training"]["batch_size"],
             device=model.device,
         )
-    metrics = {name: value for name, value in result.as_dict().items() if name in METRICS}
+    metrics = {name: value for name, value in result.overall.defined().items() if name in METRICS}
     return Measured(metrics, result.predictions, _BASE_NOTE)
 
 
