@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def report_of_run(
     *,
     title: str | None = None,
     models: Mapping[str, Measured] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write ``report.html`` into a finished run and return its path.
 
@@ -50,6 +51,7 @@ def report_of_run(
         title: Heading; by default one with the name of the folder.
         models: Column -> what it reached, the base first. By default "adapter" is the validation after which the run
             saved its best adapter, and "base" is measured now, which takes as long as one validation.
+        on_progress: Called with the number of images done and of all while the base is measured.
 
     Raises:
         ReportError: If the folder holds no finished run.
@@ -62,7 +64,7 @@ def report_of_run(
     train, valid = read_split(dataset / "train"), read_split(dataset / "valid")
     if models is None:
         adapter = _best_validation(run_folder, history)  # first: it is the one that may be missing
-        models = {"base": _measure_base(config, valid), "adapter": adapter}
+        models = {"base": _measure_base(config, valid, on_progress), "adapter": adapter}
     return write_report(
         run_folder / REPORT_FILE,
         title=title or f"Training run “{run_folder.resolve().name}”",
@@ -108,7 +110,9 @@ def _best_validation(run_folder: Path, history: History) -> Measured:
     )
 
 
-def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
+def _measure_base(
+    config: Mapping[str, Any], valid: Split, on_progress: Callable[[int, int], None] | None
+) -> Measured:
     base = config["base"]
     model = load_base(base["name"])
     # As the trainer resolves "auto".
@@ -120,6 +124,7 @@ def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
             resolution=base["resolution"],
             batch_size=config["training"]["batch_size"],
             device=model.device,
+            on_progress=on_progress,
         )
     metrics = {name: value for name, value in result.overall.defined().items() if name in METRICS}
     return Measured(metrics, result.predictions, _BASE_NOTE)
