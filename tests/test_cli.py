@@ -81,6 +81,8 @@ def test_the_package_runs_as_a_module():
         pytest.param([*TRAIN, "--lr", "5"], "--lr: needs a number between 0 and 1, such as 1e-4, got '5'", id="large rate"),
         pytest.param([*TRAIN, "--lr", "nan"], "--lr: needs a number between 0 and 1, such as 1e-4, got 'nan'", id="NaN rate"),
         pytest.param([*TRAIN, "--set", "r"], "--set: needs key=value, such as r=16, got 'r'", id="setting without value"),
+        pytest.param(["predict", "a.png", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?", id="misspelt required option"),
+        pytest.param(["demo", "--nonsense"], "unknown option '--nonsense'\n", id="no close option"),
         pytest.param(["demo", "--sed", "1"], "unknown option '--sed'; did you mean '--seed'?", id="option of another verb"),
     ],
 )  # fmt: skip
