@@ -343,6 +343,7 @@ def test_a_train_split_needs_areas_when_it_is_measured(data, tmp_path):
         pytest.param("--data {data} --adapter {data}/none", "'{data}/none' is not an adapter folder", id="missing adapter"),
         pytest.param("--data {data} --adapter {decoder} --adapter {other}", "different bases: decoder for 'tiny', other for", id="bases"),
         pytest.param("--data {data} --adapter {decoder} --base tinny", "unknown base 'tinny'; did you mean 'tiny'?", id="unknown base"),
+        pytest.param("--data {data} --base tiny --output /proc/evaluation", "error: /proc/evaluation cannot be written: No such file", id="output that cannot be written"),
         pytest.param("--data {data} --output {data}", "{data} is not empty (it holds valid)", id="output in use"),
     ],
 )  # fmt: skip
@@ -357,7 +358,8 @@ def test_bad_input_is_one_clear_error(
     }
     assert main(["evaluate", *(word.format(**places) for word in arguments.split())]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.out == ""
+    assert captured.err.startswith("error: "), "no image has been measured before"
+    assert captured.out == ""
     assert message.format(**places) in captured.err
 
 
