@@ -148,6 +148,9 @@ def test_a_checkpoint_cut_in_half_is_one_error_and_stays_as_it_is(dataset, tmp_p
     ):
         resume(run)
     assert checkpoint.read_bytes() == half
+    checkpoint.write_bytes(b"")
+    with pytest.raises(Sam3LoraError, match=r"to train from the start \(it ends too early\)\n"):
+        resume(run)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -133,7 +133,11 @@ def _checked_split(data: Path, split: StrPath) -> Path:
         folder = Path(split)
     if data.is_dir() and not folder.is_dir() and not (data / ANNOTATION_FILE).is_file():
         splits = sorted(file.parent.name for file in data.glob(f"*/{ANNOTATION_FILE}"))
-        known = f". Its splits are {', '.join(splits)}" if splits else ", nor any other"
+        known = (
+            f". Its splits are {', '.join(splits)}"
+            if splits
+            else f", nor any other; a split is a folder with its images and {ANNOTATION_FILE!r}"
+        )
         raise DataError(f"no split {str(split)!r} in {data}{did_you_mean(str(split), splits) or known}")
     folder = folder.resolve() if folder.name in ("", "..") else folder
     check_dataset(folder.parent, [folder.name], train_split=None)

@@ -143,7 +143,8 @@ class LoraTrainer(Trainer):
             saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise CheckpointError(
-                f"{ckpt_path} is damaged; copy a whole one there, or delete it to train from the start ({error})"
+                f"{ckpt_path} is damaged; copy a whole one there, or delete it to train from the start "
+                f"({str(error).partition('. ')[0] or 'it ends too early'})"
             ) from error
         if changed := differences(saved.get("run", {}), self._fingerprint):
             raise ConfigError(
