@@ -21,6 +21,7 @@ from sam3_lora.data.check import check_dataset
 from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.presets import get_preset
+from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 
 RUN_FILE = "run.yaml"
@@ -101,6 +102,7 @@ class TrainResult:
 def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
     """Do what :func:`sam3_lora.train` does, but for the report."""
     check_settings(settings)
+    check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
     check_dataset(settings.data)
     find_checkpoint(settings.base)
@@ -118,6 +120,7 @@ def resume(
     run_file = output.resolve() / RUN_FILE
     if not run_file.is_file():
         raise OutputError(f"{output} holds no run to go on with: there is no {RUN_FILE!r} in it")
+    check_not_running(output)
     started_with = OmegaConf.load(run_file)
     resolved = output / "config_resolved.yaml"
     known = OmegaConf.load(resolved) if resolved.is_file() else started_with

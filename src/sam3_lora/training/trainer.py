@@ -20,6 +20,7 @@ from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
+from sam3_lora.training.lock import take_lock
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
@@ -56,6 +57,7 @@ class LoraTrainer(Trainer):
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works.
     - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
     - ``logs/progress.jsonl`` for programs that watch the run.
+    - ``logs/run.lock`` keeps a second process out of the run folder.
 
     Args:
         adapter_dir: Where the adapter folders go.
@@ -79,6 +81,8 @@ class LoraTrainer(Trainer):
     ) -> None:
         enable_cpu_training()
         self._logs = Path(official["logging"]["log_dir"])
+        # Not among the errors reported: the progress file belongs to the run that goes on.
+        self._lock = take_lock(self._logs) if os.environ.get("RANK", "0") == "0" else None
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         self._adapter_dir = Path(adapter_dir)
