@@ -219,6 +219,12 @@ def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
             "unknown key 'training.weigth_decay': training has no 'weigth_decay'; did you mean 'weight_decay'",
             id="config key",
         ),
+        pytest.param(
+            {"config": {"training.lr": "abc", "training.num_workers": [2]}},
+            ConfigError,
+            r"training.lr needs a number, got 'abc'\n  training.num_workers needs a number, got \[2\]",
+            id="config value",
+        ),
         pytest.param({"base": "tinny"}, Sam3LoraError, "unknown base 'tinny'", id="base"),
         pytest.param({"data": Path("nowhere")}, DataError, "nowhere does not exist", id="data"),
     ],

@@ -150,7 +150,11 @@ def check_settings(settings: TrainSettings) -> None:
         TargetError: If an override names modules that cannot be adapted.
     """
     get_preset(settings.preset)
-    problems = [problem for key in settings.config for problem in _unknown_key(key, settings.preset)]
+    problems = [
+        problem
+        for key, value in settings.config.items()
+        for problem in _config_problem(key, value, settings.preset)
+    ]
     if problems:
         raise ConfigError(as_report(problems))
     if settings.overrides:
@@ -163,8 +167,9 @@ def check_settings(settings: TrainSettings) -> None:
         get_peft_sam3(model, settings.preset, **settings.overrides)
 
 
-def _unknown_key(key: str, preset: str) -> list[str]:
-    """Return a problem if a dotted key is in none of the config files that a run of this preset is made of."""
+def _config_problem(key: str, value: Any, preset: str) -> list[str]:
+    """Return a problem if a dotted key is in none of the config files that a run of this preset is made of, or has a
+    number there and is to become none."""
     folder = files("sam3_lora.configs") / "sam3_lora"
     known = OmegaConf.merge(
         *(OmegaConf.create((folder / f"{name}.yaml").read_text()) for name in ("common", preset, "tiny"))
@@ -178,7 +183,15 @@ def _unknown_key(key: str, preset: str) -> list[str]:
             return [f"unknown key {key!r}: {where} has no {name!r}{did_you_mean(name, names)}"]
         if depth < len(parents):
             node = node._get_node(name)
+    present = None if OmegaConf.is_interpolation(node, last) else node[last]
+    free = value is None or (isinstance(value, str) and value.startswith("${"))
+    if _is_number(present) and not _is_number(value) and not free:
+        return [f"{key} needs a number, got {value!r}"]
     return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def run_yaml(settings: TrainSettings) -> str:
