@@ -16,6 +16,7 @@ from sam3_lora.output import claim_output, write_json_atomic, write_text_atomic
 from sam3_lora.report import Measured, report_of_run
 from sam3_lora.training.data import render_demo_dataset
 from sam3_lora.training.launch import RUN_FILE, demo_yaml, run_official_script
+from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import OnProgress
 from sam3_lora.visualization import comparison_sheet, rows_from_results
 
@@ -50,10 +51,11 @@ def run_demo(
         ``adapter_bytes``, and ``cpu_seconds`` of it all.
 
     Raises:
-        OutputError: If ``output`` holds something else.
+        OutputError: If ``output`` holds something else, or an earlier demo that still runs.
         TrainingError: If the official script fails.
     """
     output = Path(output)
+    check_not_running(output)
     claim_output(output, made_by="demo")
     dataset = output / "dataset"
     render_demo_dataset(dataset, seed)
