@@ -1,4 +1,4 @@
-"""A report with all its parts, from shapes and from predictions that are ground truth moved about."""
+"""Reports with all their parts, from shapes and from predictions that are ground truth moved about."""
 
 import json
 import math
@@ -90,23 +90,54 @@ def made_up_history(epochs=12, steps=40, best_epoch=10):
 
 
 def write_example(folder, **changes):
-    """Write a dataset and a report on it into a folder, and return the path of the report."""
-    split = folder / "valid"
-    write_coco(split, DEMO_CONCEPTS, 24, seed=4, style=VARIED)
-    document = json.loads((split / ANNOTATION_FILE).read_text())
-    ids = [image["id"] for image in document["images"]]
-    predictions = {
-        "base": moved(document, dict.fromkeys(ids, 0.1)),
-        "adapter": moved(
-            document, {image_id: 1 - 0.8 * (i / len(ids)) ** 2 for i, image_id in enumerate(ids)}
-        ),
-    }
+    """Write a dataset and a report on a run into a folder, and return the path of the report."""
     content = {
         "title": "Three concepts that the model had never seen",
         "facts": FACTS,
         "metrics": METRICS,
         "history": made_up_history(),
-        "pictures": choose_pictures(split / ANNOTATION_FILE, split, predictions),
+        "pictures": example_pictures(folder / "valid", {"base": (0.1, 0.1), "adapter": (1.0, 0.2)}),
         "notes": NOTES,
     }
     return write_report(folder / "report.html", **(content | changes))
+
+
+def write_comparison(folder):
+    """Write a dataset and a report on three models with their results by class, and return the path of the report."""
+    levels = {"base": (0.1, 0.1), "first/adapters/best": (0.8, 0.1), "second/adapters/best": (1.0, 0.2)}
+    metrics = {
+        name: {"segm_AP50": 0.9 * best, "mean_IoU": 0.8 * best, "cgF1": 0.7 * best - 0.1}
+        for name, (best, _) in levels.items()
+    }
+    undefined = {name: dict.fromkeys(values) for name, values in metrics.items()}
+    return write_report(
+        folder / "comparison.html",
+        title="Evaluation on “valid”",
+        facts={"Data": "24 images, 61 objects", "Base model": "facebook/sam3"},
+        facts_heading="What was evaluated",
+        metrics=metrics,
+        classes={
+            **{concept.prompt: metrics for concept in DEMO_CONCEPTS},
+            "a class without objects": undefined,
+        },
+        pictures=example_pictures(folder / "compared", levels),
+    )
+
+
+def example_pictures(split, levels):
+    """Draw a split, and return pictures from it.
+
+    Args:
+        split: Folder of the dataset, which is made.
+        levels: Column -> share of the objects that are found, in the first image and in the last.
+    """
+    write_coco(split, DEMO_CONCEPTS, 24, seed=4, style=VARIED)
+    document = json.loads((split / ANNOTATION_FILE).read_text())
+    ids = [image["id"] for image in document["images"]]
+    predictions = {
+        column: moved(
+            document, {image: high - (high - low) * (i / len(ids)) ** 2 for i, image in enumerate(ids)}
+        )
+        for column, (high, low) in levels.items()
+    }
+    return choose_pictures(split / ANNOTATION_FILE, split, predictions)

@@ -86,6 +86,8 @@ def test_the_package_runs_as_a_module():
         pytest.param([*TRAIN, "--set", "preset=full"], "--set: preset is an option of its own: --preset full", id="option as a setting"),
         pytest.param(["plan", "--set", "model=x"], "--set: model is no setting of an adapter", id="keyword that is no setting"),
         pytest.param(["plan", "--preset", "lite"], "unknown preset 'lite'; did you mean 'light'?", id="preset of a plan"),
+        pytest.param(["predict", "a.png", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?", id="misspelt required option"),
+        pytest.param(["demo", "--nonsense"], "unknown option '--nonsense'\n", id="no close option"),
         pytest.param(["demo", "--sed", "1"], "unknown option '--sed'; did you mean '--seed'?", id="option of another verb"),
     ],
 )  # fmt: skip
@@ -97,13 +99,15 @@ def test_wrong_usage_ends_with_2_and_the_close_match(argv, message, capsys):
 class Launch:
     """Stands in for the training process, and remembers what it was asked for."""
 
-    def __init__(self, progress=(), error=None):
-        self.progress, self.error = progress, error
+    def __init__(self, progress=(), report=(), error=None):
+        self.progress, self.report, self.error = progress, report, error
 
-    def train(self, settings, on_progress):
+    def train(self, settings, on_progress, on_report):
         self.settings = settings
         for state in self.progress:
             on_progress(state)
+        for done in self.report:
+            on_report(done, 8)
         if self.error is not None:
             raise self.error
         return SimpleNamespace(
@@ -226,6 +230,23 @@ def test_progress_outside_a_terminal_is_a_line_per_validation(launch, capsys):
     assert second.endswith(" min left")
 
 
+def test_the_report_at_the_end_shows_progress_too(launch, capsys):
+    launch(progress=[progress(2, 4)], report=(4, 8))
+    main(TRAIN)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [f"{done}/8 images with the base, for the report" for done in (4, 8)]
+
+
+def test_in_a_terminal_the_report_has_a_bar_below_that_of_the_training(launch, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    launch(progress=[progress(2, 4)], report=(4, 8))
+    assert main(TRAIN) == 0
+    training, report = [line for line in capsys.readouterr().err.splitlines() if "100%" in line][-2:]
+    assert "epoch 2/2  step 4/4" in training
+    assert "8/8 images with the base, for the report" in report
+
+
 def test_progress_without_a_loss_leaves_it_out():
     assert describe(progress(2, 1, loss=None)) == "epoch 2/2  step 1/4"
 
@@ -245,10 +266,10 @@ def test_an_error_is_one_message_and_1(launch, capsys):
 def test_warnings_of_torch_and_sam3_are_hidden_and_others_are_not(launch, monkeypatch, recwarn):
     fake = launch()
 
-    def train_with_warnings(settings, on_progress):
+    def train_with_warnings(settings, on_progress, on_report):
         for module in ("sam3.model.video", "torch.jit._script", "my_plugin"):
             warnings.warn_explicit(module, UserWarning, f"{module}.py", 1, module=module)
-        return fake.train(settings, on_progress)
+        return fake.train(settings, on_progress, on_report)
 
     monkeypatch.setattr(sys, "warnoptions", [])
     monkeypatch.setattr("sam3_lora.finetune.train", train_with_warnings)

@@ -159,11 +159,12 @@ PREDICT = ["predict", "a.png", "--output", "out"]
         pytest.param([*PREDICT, *CIRCLE, "--threshold", "7"], "--threshold: needs a number from 0 to 1, got '7'", id="threshold 7"),
         pytest.param([*PREDICT, *CIRCLE, "--threshold", "nan"], "--threshold: needs a number from 0 to 1, got 'nan'", id="threshold NaN"),
         pytest.param([*PREDICT, *CIRCLE, "--threshold", "half"], "--threshold: needs a number from 0 to 1, got 'half'", id="threshold in words"),
-        pytest.param([*PREDICT, *CIRCLE, "--box", "9,9,5,5"], "--box: needs x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1, such as 40,60,180,220, got '9,9,5,5'", id="box corners swapped"),
+        pytest.param([*PREDICT, *CIRCLE, "--box", "9,9,5,5"], "--box: needs x0,y0,x1,y1 in pixels with 0 <= x0 < x1 and 0 <= y0 < y1, such as 40,60,180,220, got '9,9,5,5'", id="box corners swapped"),
         pytest.param([*PREDICT, *CIRCLE, "--box", "1,2,3"], "got '1,2,3'", id="three numbers"),
         pytest.param([*PREDICT, *CIRCLE, "--box", "1,2,3,x"], "got '1,2,3,x'", id="no number"),
         pytest.param([*PREDICT, *CIRCLE, "--box", "1,2,inf,4"], "got '1,2,inf,4'", id="infinite box"),
         pytest.param([*PREDICT, *CIRCLE, "--box=-1,2,3,4"], "got '-1,2,3,4'", id="negative box"),
+        pytest.param([*PREDICT, *CIRCLE, "--box", "-1,2,3,4"], "0 <= y0 < y1, such as 40,60,180,220, got '-1,2,3,4'", id="negative box in a word of its own"),
         pytest.param([*PREDICT, *CIRCLE, "--treshold", "1"], "unknown option '--treshold'; did you mean '--threshold'?", id="option"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The demo, and the defaults of ``train`` on concepts that nobody tuned them for: minutes each, ``make test-slow``."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from PIL import Image
 
 from sam3_lora.data.shapes import Concept, write_coco
 from sam3_lora.errors import OutputError
-from sam3_lora.output import MARKER_FILE
+from sam3_lora.output import MARKER_FILE, claim_output
 from sam3_lora.training.launch import TrainSettings, train
+from sam3_lora.training.lock import LOCK_FILE, take_lock
 from sam3_lora.training.trainer import METRICS
 
 
@@ -30,6 +32,7 @@ def demo(tmp_path_factory):
 class TestDemo:
     def test_the_base_finds_nothing_and_the_adapter_finds_it(self, demo):
         metrics = demo[1]
+        assert set(metrics["base"]) == set(metrics["adapter"]) == {*METRICS, "cgF1"}
         assert metrics["base"]["bbox_AP50"] <= 0.1
         assert metrics["base"]["segm_AP50"] <= 0.1
         assert metrics["adapter"]["bbox_AP50"] >= 0.70
@@ -67,6 +70,15 @@ def test_the_demo_leaves_a_folder_alone_that_it_did_not_make(tmp_path):
         run_demo(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
     assert not (tmp_path / MARKER_FILE).exists()
+
+
+def test_the_demo_does_not_replace_one_that_still_runs(tmp_path):
+    from sam3_lora.demo import run_demo
+
+    claim_output(tmp_path, made_by="demo")
+    with take_lock(tmp_path / "logs"), pytest.raises(OutputError, match=f"\\(process {os.getpid()}\\); wait"):
+        run_demo(tmp_path)
+    assert (tmp_path / "logs" / LOCK_FILE).exists()
 
 
 OTHER_CONCEPTS = {

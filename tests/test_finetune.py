@@ -36,12 +36,12 @@ def trained(monkeypatch):
 )
 class TestAtTheEnd:
     def test_the_result_names_the_report(self, trained, monkeypatch, finish):
-        monkeypatch.setattr(report, "report_of_run", lambda folder: folder / "report.html")
+        monkeypatch.setattr(report, "report_of_run", lambda folder, on_progress: folder / "report.html")
         assert finish().report == Path("run/report.html")
 
     @pytest.mark.parametrize("error", [ReportError("no predictions"), RuntimeError("CUDA out of memory")])
     def test_a_report_that_fails_is_a_warning(self, trained, monkeypatch, finish, error):
-        def fail(folder):
+        def fail(folder, on_progress):
             raise error
 
         monkeypatch.setattr(report, "report_of_run", fail)
@@ -50,20 +50,30 @@ class TestAtTheEnd:
 
 
 def test_no_report_is_made_when_none_is_wanted(trained, monkeypatch):
-    monkeypatch.setattr(report, "report_of_run", lambda folder: pytest.fail("a report was made"))
+    monkeypatch.setattr(report, "report_of_run", lambda folder, on_progress: pytest.fail("a report was made"))
     assert finetune.train(TrainSettings(**{**vars(SETTINGS), "report": False})) == RESULT
     assert finetune.resume(Path("run"), report=False) == RESULT
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def reported():
+    """What ``on_report`` was called with in ``run``."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, reported):
     folder = tmp_path_factory.mktemp("finetune")
     for split, seed in (("train", 1), ("valid", 2)):
         write_coco(folder / "data" / split, DEMO_CONCEPTS, 6, seed)
     settings = TrainSettings(data=folder / "data", output=folder / "run", base="tiny", max_epochs=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the adapter is complete")
-        return finetune.train(settings)
+        return finetune.train(settings, on_report=lambda *counts: reported.append(counts))
+
+
+def test_the_report_says_how_many_images_the_base_has_seen(run, reported):
+    assert reported == [(6, 6)]
 
 
 def test_the_report_holds_the_run_s_own_numbers(run):

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -182,3 +183,12 @@ def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
     with pytest.raises(RuntimeError), replaced_folder(best):
         raise RuntimeError
     assert (best / "weights").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_without_a_trace(tmp_path):
+    with pytest.raises(
+        OutputError, match=r"^/proc/runs/first cannot be written: No such file or directory; choose"
+    ):
+        check_output(Path("/proc/runs/first"), made_by="train")
+    check_output(tmp_path / "runs/first", made_by="train")
+    assert list(tmp_path.iterdir()) == []

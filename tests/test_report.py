@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from PIL import Image
-from report_example import FACTS, NOTES, made_up_history, write_example
+from report_example import FACTS, NOTES, made_up_history, write_comparison, write_example
 
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.evaluation.images import image_ious
@@ -15,7 +15,7 @@ from sam3_lora.report import GROUPS, History, ReportError, Step, choose_pictures
 from sam3_lora.report.charts import ticks
 from sam3_lora.training.progress import append_event
 
-UNCLOSED = {"meta", "img", "link"}
+UNCLOSED = {"meta", "img", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -131,6 +131,39 @@ def test_a_metric_of_one_model_only_has_no_difference(tmp_path):
     assert page.texts_in("td") == ["–", "0.500", "–", "0.750", "–"]
 
 
+def test_a_comparison_has_a_table_by_class_with_dashes_for_what_is_not_defined(tmp_path):
+    page = Page(write_comparison(tmp_path).read_text(encoding="utf-8"))
+    assert page.texts_in("h2") == ["Results", "What was evaluated", "Results by class", "Pictures"]
+    groups = [values for values in page.all("th") if values.get("scope") == "rowgroup"]
+    assert [values["colspan"] for values in groups] == ["6"] * 4
+    values = page.texts_in("td")
+    of_class = ["0.090", "0.720", "+0.630", "0.900", "+0.810"]
+    assert values[15:20] == of_class, "the first row below the first class"
+    assert values[-15:] == ["–"] * 15
+    assert values[10] == "−0.030", "a minus, as in the differences"
+    assert len(page.all("img")) == 3 * 3 * 4
+
+
+def test_only_the_first_hundred_classes_are_shown(tmp_path):
+    classes = {f"class {number}": {"base": {"cgF1": 0.5}} for number in range(103)}
+    text = write_report(tmp_path / "r.html", title="t", facts={}, metrics={}, classes=classes).read_text()
+    assert text.count('scope="rowgroup"') == 100
+    assert "3 more classes are left out here." in text
+
+
+def test_a_result_that_is_not_defined_does_not_lead_the_page(tmp_path):
+    metrics = {"base": {"segm_AP50": None, "segm_AP": 0.2}, "adapter": {"segm_AP50": 0.5, "segm_AP": 0.4}}
+    page = Page(write_report(tmp_path / "r.html", title="t", facts={}, metrics=metrics).read_text())
+    assert page.texts_in("strong") == ["0.400"]
+
+
+def test_the_best_adapter_leads_the_page(tmp_path):
+    metrics = {name: {"segm_AP": value} for name, value in (("base", 0.9), ("a", 0.5), ("b", 0.3))}
+    page = Page(write_report(tmp_path / "r.html", title="t", facts={}, metrics=metrics).read_text())
+    assert page.texts_in("strong") == ["0.500"]
+    assert page.texts_in("small") == ["Masks, AP: base → a"]
+
+
 def test_facts_and_notes_are_there(page):
     assert dict(zip(page.texts_in("dt"), page.texts_in("dd"), strict=True)) == FACTS
     assert [text for text in page.texts_in("p") if text in NOTES] == NOTES
@@ -140,8 +173,9 @@ def test_texts_are_escaped(tmp_path):
     hostile = '<script>alert("1 & 2")</script>'
     row_metrics = {hostile: {hostile: 0.1}, "b": {hostile: 0.2}}
     path = write_report(
-        tmp_path / "r.html", title=hostile, facts={hostile: hostile}, metrics=row_metrics, notes=[hostile]
-    )
+        tmp_path / "r.html", title=hostile, facts={hostile: hostile}, metrics=row_metrics, notes=[hostile],
+        classes={hostile: row_metrics}, facts_heading=hostile,
+    )  # fmt: skip
     page = Page(path.read_text())
     assert not page.all("script")
     assert page.texts_in("h1") == [hostile]

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 from PIL import Image
-from report_example import write_example
+from report_example import write_comparison, write_example
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -17,6 +17,7 @@ FLAGS = [
     *"--disable-background-networking --disable-component-update --disable-sync".split(),
     "--host-resolver-rules=MAP * ~NOTFOUND",  # no name leads anywhere
 ]
+PAGES = {"run": write_example, "comparison": write_comparison}
 WIDTHS = {"wide": 1280, "narrow": 390}
 SCHEMES = {"light": "1", "dark": "0"}  # Blink's PreferredColorScheme
 
@@ -43,23 +44,21 @@ def browse(folder, page, width, scheme, *options):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser")
-    write_example(folder)
-    return folder
+@pytest.fixture(scope="module", params=PAGES)
+def page(request, tmp_path_factory):
+    return PAGES[request.param](tmp_path_factory.mktemp(request.param))
 
 
-def screenshot(folder, width, scheme):
-    target = folder / f"{width}-{scheme}.png"
-    browse(folder, folder / "report.html", WIDTHS[width], scheme, f"--screenshot={target}")
+def screenshot(page, width, scheme):
+    target = page.with_name(f"{width}-{scheme}.png")
+    browse(page.parent, page, WIDTHS[width], scheme, f"--screenshot={target}")
     with Image.open(target) as image:
         return image.convert("RGB")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_is_wider_than_the_window_and_every_picture_shows(folder, width):
-    text = (folder / "report.html").read_text(encoding="utf-8")
+def test_nothing_is_wider_than_the_window_and_every_picture_shows(page, width):
+    folder, text = page.parent, page.read_text(encoding="utf-8")
     copy = folder / "measured.html"
     copy.write_text(re.sub(r"<meta http-equiv.*\n", "", text).replace("</body>", MEASURE), encoding="utf-8")
     # A window of Chromium has a least width; a frame has not.
@@ -76,8 +75,8 @@ def test_nothing_is_wider_than_the_window_and_every_picture_shows(folder, width)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_light_and_dark_differ_in_background_and_ink(folder, width):
-    light, dark = (screenshot(folder, width, scheme) for scheme in SCHEMES)
+def test_light_and_dark_differ_in_background_and_ink(page, width):
+    light, dark = (screenshot(page, width, scheme) for scheme in SCHEMES)
     assert light.size == dark.size == (WIDTHS[width], 2400)
     assert min(light.getpixel((3, 3))) > 240
     assert max(dark.getpixel((3, 3))) < 40

@@ -1,5 +1,6 @@
 """A run that is killed goes on, and ends with the same bytes as one that was left alone."""
 
+import os
 import random
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError
 from sam3_lora.training.fingerprint import differences, fingerprint_of_run
 from sam3_lora.training.launch import TrainSettings, resume, train
+from sam3_lora.training.lock import LOCK_FILE, check_not_running
+from sam3_lora.training.progress import PROGRESS_FILE
 
 EPOCHS = 3
 
@@ -82,6 +85,29 @@ def test_a_run_killed_after_an_epoch_ends_with_the_same_bytes(dataset, uninterru
     assert result.metrics == uninterrupted.metrics
 
 
+def test_a_run_that_goes_on_without_its_command_is_not_started_twice(dataset, tmp_path):
+    run = tmp_path / "run"
+    settings = ["--data", dataset, "--output", run, "--base", "tiny", "--max-epochs", 50]
+    command = [sys.executable, "-m", "sam3_lora", "train", *map(str, settings)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lock, steps = run / "logs" / LOCK_FILE, run / "logs" / PROGRESS_FILE
+    while process.poll() is None and not steps.exists():
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    trainer = int(lock.read_text())
+    try:
+        with pytest.raises(
+            OutputError, match=rf"a training is going on in .*run \(process {trainer}\); wait"
+        ):
+            resume(run)
+        with pytest.raises(OutputError, match="a training is going on"):
+            train(TrainSettings(data=dataset, output=run, base="tiny", overwrite=True))
+    finally:
+        os.kill(trainer, signal.SIGKILL)
+    check_not_running(run)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(5))
@@ -148,6 +174,9 @@ def test_a_checkpoint_cut_in_half_is_one_error_and_stays_as_it_is(dataset, tmp_p
     ):
         resume(run)
     assert checkpoint.read_bytes() == half
+    checkpoint.write_bytes(b"")
+    with pytest.raises(Sam3LoraError, match=r"to train from the start \(it ends too early\)\n"):
+        resume(run)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

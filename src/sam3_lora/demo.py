@@ -10,12 +10,13 @@ from sam3_lora.adapter import WEIGHTS_FILE, load_adapter
 from sam3_lora.base.checkpoint import TINY
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import ANNOTATION_FILE
-from sam3_lora.evaluation.metrics import SplitResult, evaluate_split
-from sam3_lora.evaluation.scores import cgf1
+from sam3_lora.evaluation.metrics import evaluate_split
+from sam3_lora.evaluation.scores import AP_METRICS, ModelEvaluation
 from sam3_lora.output import claim_output, write_json_atomic, write_text_atomic
 from sam3_lora.report import Measured, report_of_run
 from sam3_lora.training.data import render_demo_dataset
 from sam3_lora.training.launch import RUN_FILE, demo_yaml, run_official_script
+from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import OnProgress
 from sam3_lora.visualization import comparison_sheet, rows_from_results
 
@@ -50,10 +51,11 @@ def run_demo(
         ``adapter_bytes``, and ``cpu_seconds`` of it all.
 
     Raises:
-        OutputError: If ``output`` holds something else.
+        OutputError: If ``output`` holds something else, or an earlier demo that still runs.
         TrainingError: If the official script fails.
     """
     output = Path(output)
+    check_not_running(output)
     claim_output(output, made_by="demo")
     dataset = output / "dataset"
     render_demo_dataset(dataset, seed)
@@ -67,21 +69,20 @@ def run_demo(
     adapter = _evaluate(adapted, dataset / "valid")
 
     results = {"base": base.predictions, "adapter": adapter.predictions}
-    annotation_file = dataset / "valid" / ANNOTATION_FILE
-    rows = rows_from_results(annotation_file, dataset / "valid", results)
+    rows = rows_from_results(dataset / "valid" / ANNOTATION_FILE, dataset / "valid", results)
     comparison_sheet(rows).save(output / SHEET_FILE)
     report_of_run(
         output,
         dataset,
         title="Three concepts that the tiny SAM3 had never seen",
         models={
-            "base": Measured(base.as_dict(), base.predictions),
-            "adapter": Measured(adapter.as_dict(), adapter.predictions, _NOTE),
+            "base": Measured(base.overall.defined(), base.predictions),
+            "adapter": Measured(adapter.overall.defined(), adapter.predictions, _NOTE),
         },
     )
     metrics = {
-        "base": _numbers(base, annotation_file),
-        "adapter": _numbers(adapter, annotation_file),
+        "base": _numbers(base),
+        "adapter": _numbers(adapter),
         "trainable_parameters": trained.trainable_parameters,
         "total_parameters": trained.total_parameters,
         "adapter_bytes": (trained.adapter / WEIGHTS_FILE).stat().st_size,
@@ -91,7 +92,7 @@ def run_demo(
     return metrics
 
 
-def _evaluate(model: Any, split: Path) -> SplitResult:
+def _evaluate(model: Any, split: Path) -> ModelEvaluation:
     return evaluate_split(
         model,
         split,
@@ -102,8 +103,9 @@ def _evaluate(model: Any, split: Path) -> SplitResult:
     )
 
 
-def _numbers(result: SplitResult, annotation_file: Path) -> dict[str, float]:
-    return {**result.as_dict(), "cgF1": cgf1(annotation_file, result.predictions)["cgF1"]}
+def _numbers(result: ModelEvaluation) -> dict[str, float]:
+    scores = result.overall.defined()
+    return {name: scores[name] for name in (*AP_METRICS, "cgF1")}
 
 
 def _cpu_seconds() -> float:

@@ -34,12 +34,12 @@ class OutputError(Sam3LoraError):
     """An output folder that cannot be written without loss of something that is there."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or ``""`` if none is close.
 
-    The text is made to follow the statement that ``name`` is unknown.
+    The text is made to follow the statement that ``name`` is unknown. ``cutoff`` is how alike the two must be, 0 to 1.
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,12 @@ from sam3_lora.training import launch
 from sam3_lora.training.launch import TrainResult, TrainSettings
 from sam3_lora.training.progress import OnProgress
 
+OnReport = Callable[[int, int], None]
 
-def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
+
+def train(
+    settings: TrainSettings, on_progress: OnProgress | None = None, on_report: OnReport | None = None
+) -> TrainResult:
     """Train an adapter with the official script, in a process of its own, wait for it, and report on it.
 
     Leaves in ``settings.output``: ``run.yaml`` (what was started), the official ``config.yaml`` and
@@ -22,12 +26,18 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     ``dumps/`` and, unless ``settings.report`` is off, ``report.html``. An interrupt stops the script too. A report that
     cannot be written is a warning, because the adapter is there.
 
+    Args:
+        settings: What to train.
+        on_progress: Called after every step and validation.
+        on_report: Called with the number of images done and of all while the base is measured for the report, which
+            takes as long as one validation.
+
     Raises:
         Sam3LoraError: For a bad dataset, setting, base or output folder, before anything is written; or with the
             script's own error when it fails.
     """
     result = launch.train(settings, on_progress)
-    return _with_report(result) if settings.report else result
+    return _with_report(result, on_report) if settings.report else result
 
 
 def resume(
@@ -35,6 +45,7 @@ def resume(
     expected: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
     report: bool = True,
+    on_report: OnReport | None = None,
 ) -> TrainResult:
     """Go on with a run of :func:`train` that was stopped, however that happened, wait for its end, and report on it.
 
@@ -46,6 +57,7 @@ def resume(
         expected: Config keys by dotted name that the run must have been started with.
         on_progress: As for :func:`train`.
         report: Whether to write ``report.html``.
+        on_report: As for :func:`train`.
 
     Raises:
         OutputError: If there is no run in ``output``.
@@ -54,14 +66,14 @@ def resume(
             with; lists what differs.
     """
     result = launch.resume(output, expected, on_progress)
-    return _with_report(result) if report else result
+    return _with_report(result, on_report) if report else result
 
 
-def _with_report(result: TrainResult) -> TrainResult:
+def _with_report(result: TrainResult, on_report: OnReport | None) -> TrainResult:
     from sam3_lora.report import report_of_run  # torch loads here, not before the data are checked
 
     try:
-        return replace(result, report=report_of_run(result.output))
+        return replace(result, report=report_of_run(result.output, on_progress=on_report))
     except (Sam3LoraError, OSError, RuntimeError) as error:  # RuntimeError: torch, when memory runs out
         warnings.warn(f"the adapter is complete, but there is no report: {error}", stacklevel=3)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,29 +25,14 @@ def check_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
     """Do nothing if :func:`claim_output` may use the folder; nothing on disk changes.
 
     Raises:
-        OutputError: If the folder holds something that must not be deleted, or is a file.
+        OutputError: If the folder holds something that must not be deleted, is a file, or cannot be written.
     """
+    _check_contents(folder, made_by, overwrite)
     try:
-        present = sorted(entry.name for entry in folder.iterdir())
-    except FileNotFoundError:
-        return
-    except OSError as error:  # a file, or a folder that may not be listed
-        raise OutputError(
-            f"{folder} cannot be the output folder: {error.strerror}; choose another"
-        ) from error
-    if not present:
-        return
-    maker = _maker(folder)
-    if maker is not None and (overwrite or (maker == made_by and made_by in _REPLACES_ITS_OWN)):
-        return
-    shown = ", ".join(present[:4]) + (f" and {len(present) - 4} more" if len(present) > 4 else "")
-    if maker == "train" and not is_finished(folder):
-        way_out = f"it holds an unfinished run: go on with --resume {folder}, or --overwrite to start anew"
-    elif maker is None:
-        way_out = "choose another folder, or empty this one yourself: sam3-lora deletes only what it made"
-    else:
-        way_out = f"it was made by 'sam3-lora {maker}': choose another folder, or --overwrite to replace it"
-    raise OutputError(f"{folder} is not empty (it holds {shown}); {way_out}")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
 
 
 def claim_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
@@ -69,9 +55,7 @@ def claim_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
         write_json_atomic(folder / MARKER_FILE, {"command": made_by, "version": version("sam3-lora")})
         _delete_contents(folder, keep=MARKER_FILE)
     except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror}; choose another output folder"
-        ) from error
+        raise _not_writable(folder, error) from error
 
 
 def mark_finished(folder: Path) -> None:
@@ -121,6 +105,34 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_contents(folder: Path, made_by: str, overwrite: bool) -> None:
+    try:
+        present = sorted(entry.name for entry in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a file, or a folder that may not be listed
+        raise OutputError(
+            f"{folder} cannot be the output folder: {error.strerror}; choose another"
+        ) from error
+    if not present:
+        return
+    maker = _maker(folder)
+    if maker is not None and (overwrite or (maker == made_by and made_by in _REPLACES_ITS_OWN)):
+        return
+    shown = ", ".join(present[:4]) + (f" and {len(present) - 4} more" if len(present) > 4 else "")
+    if maker == "train" and not is_finished(folder):
+        way_out = f"it holds an unfinished run: go on with --resume {folder}, or --overwrite to start anew"
+    elif maker is None:
+        way_out = "choose another folder, or empty this one yourself: sam3-lora deletes only what it made"
+    else:
+        way_out = f"it was made by 'sam3-lora {maker}': choose another folder, or --overwrite to replace it"
+    raise OutputError(f"{folder} is not empty (it holds {shown}); {way_out}")
+
+
+def _not_writable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{folder} cannot be written: {error.strerror}; choose another output folder")
 
 
 def _maker(folder: Path) -> str | None:

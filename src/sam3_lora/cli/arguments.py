@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from sam3_lora.errors import did_you_mean
@@ -19,6 +21,8 @@ class Parser(argparse.ArgumentParser):
         self._known_options: list[str] = []
         options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options}
         super().__init__(*args, **options)
+        # So that --box -5,2,30,50 is refused for its value, not for lacking one; argparse takes plain numbers only.
+        self._negative_number_matcher = re.compile(r"^-\d")
         self.set_defaults(parser=self)
 
     def add_argument(self, *args: Any, **options: Any) -> argparse.Action:
@@ -26,12 +30,20 @@ class Parser(argparse.ArgumentParser):
         self._known_options += action.option_strings
         return action
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as usual, but name an unknown option before any that is missing, which it may be meant to be."""
+        words = list(takewhile(lambda word: word != "--", args or ()))
+        for word in words if self._subparsers is None else ():
+            if word.startswith("--") and word.partition("=")[0] not in self._known_options:
+                self.refuse(word)
+        return super().parse_known_args(args, namespace)
+
     def refuse(self, word: str) -> NoReturn:
         """Exit with the usage and an error about a word that no argument takes."""
         if not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         option = word.partition("=")[0]
-        self.error(f"unknown option {option!r}{did_you_mean(option, self._known_options)}")
+        self.error(f"unknown option {option!r}{did_you_mean(option, self._known_options, cutoff=0.7)}")
 
 
 def count(text: str) -> int:
@@ -82,7 +94,7 @@ def box_xyxy(text: str) -> tuple[float, ...]:
         fits = False
     if not fits:
         raise argparse.ArgumentTypeError(
-            f"needs x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1, such as 40,60,180,220, got {text!r}"
+            f"needs x0,y0,x1,y1 in pixels with 0 <= x0 < x1 and 0 <= y0 < y1, such as 40,60,180,220, got {text!r}"
         )
     return edges
 

@@ -18,10 +18,9 @@ HELP: dict[str, Any] = {
 examples:
   sam3-lora evaluate --data my_dataset --adapter runs/first/adapters/best
   sam3-lora evaluate --data my_dataset --split test --adapter runs/a/adapters/best --adapter runs/b/adapters/best
+  sam3-lora evaluate --data my_dataset --adapter runs/a/adapters/best --output runs/compared --report
   sam3-lora evaluate --data my_dataset --base tiny --json""",
 }
-
-_CLASS_METRICS = ("bbox_AP50", "segm_AP50", "segm_AP", "mean_IoU", "cgF1")
 
 
 def add_options(parser: arguments.Parser) -> None:
@@ -46,6 +45,7 @@ def add_options(parser: arguments.Parser) -> None:
     )
     add("--batch-size", type=arguments.count, default=4, metavar="N", help="images at a time (default: 4)")
     add("--output", type=Path, metavar="DIR", help="also write metrics.json and all predictions there")
+    add("--report", action="store_true", help="also write report.html into --output: numbers and pictures")
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --output")
     add("--json", action="store_true", help="print the numbers as JSON")
     parser.set_defaults(run=_evaluate)
@@ -56,6 +56,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from sam3_lora.cli.progress import count_on_stderr
     from sam3_lora.output import check_output
 
+    if args.report and args.output is None:
+        args.parser.error("--report needs a folder for report.html: add --output DIR")
     if args.output is not None:
         check_output(args.output, made_by="evaluate", overwrite=args.overwrite)
     from sam3_lora.evaluation.compare import evaluate, save_evaluation
@@ -71,16 +73,25 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     if args.output is not None:
         save_evaluation(result, args.output, overwrite=args.overwrite)
+    report = _write_report(result, args.output) if args.report else None
     if args.json:
         tables.print_json(result.as_dict())
         return
     _print_tables(result)
     if args.output is not None:
-        tables.print_facts({"Written to": tables.short_path(args.output)})
+        written = {"Written to": tables.short_path(args.output)}
+        tables.print_facts(written if report is None else {**written, "Report": tables.short_path(report)})
+
+
+def _write_report(result: Evaluation, output: Path) -> Path:
+    from sam3_lora.report import REPORT_FILE, report_of_evaluation
+
+    return report_of_evaluation(result, output / REPORT_FILE)
 
 
 def _print_tables(result: Evaluation) -> None:
     from sam3_lora.cli import tables
+    from sam3_lora.evaluation.scores import CLASS_METRICS
 
     models = {"base": result.base, **result.adapters}
     title = f"{tables.short_path(result.split)}, base {result.base_name}"
@@ -88,9 +99,9 @@ def _print_tables(result: Evaluation) -> None:
     rows = [
         [
             prompt,
-            "\n".join(name.replace("_", " ") for name in _CLASS_METRICS),
+            "\n".join(name.replace("_", " ") for name in CLASS_METRICS),
             *(
-                "\n".join(_number(model.per_class[prompt].as_dict()[name]) for name in _CLASS_METRICS)
+                "\n".join(_number(model.per_class[prompt].as_dict()[name]) for name in CLASS_METRICS)
                 for model in models.values()
             ),
         ]

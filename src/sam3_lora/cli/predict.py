@@ -105,7 +105,7 @@ def _refuse_to_delete(output: Path, inputs: Sequence[Path]) -> None:
     from sam3_lora.errors import OutputError
 
     for path in inputs:
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+        if path.exists() and path.resolve().is_relative_to(output.resolve()) and output.is_dir():
             raise OutputError(f"{path} lies in the output folder {output}; choose another output folder")
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Show = Callable[["Progress"], None]
 ShowCount = Callable[[int, int], None]
+_Update = Callable[[str, float], None]
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_METRICS = ("bbox_AP50", "segm_AP50")
@@ -23,11 +25,23 @@ _SHOWN_METRICS = ("bbox_AP50", "segm_AP50")
 @contextmanager
 def progress_on_stderr() -> Iterator[Show]:
     """Yield a function that shows one state of a training run."""
+    with run_on_stderr() as (show, _):
+        yield show
+
+
+@contextmanager
+def run_on_stderr() -> Iterator[tuple[Show, ShowCount]]:
+    """Yield a function that shows one state of a training run, and one for the images of the report at its end."""
+    what = "images with the base, for the report"
     if sys.stderr.isatty():
-        with _bar() as update:
-            yield lambda progress: update(describe(progress), fraction_done(progress))
+        with _bars() as add:
+            update, add_once = add(), cache(add)  # the second bar is not there before it is needed
+            yield (
+                lambda progress: update(describe(progress), fraction_done(progress)),
+                lambda done, total: add_once()(f"{done}/{total} {what}", done / total),
+            )
     else:
-        yield _Lines().show
+        yield _Lines().show, _CountLines(what).show
 
 
 @contextmanager
@@ -38,7 +52,8 @@ def count_on_stderr(what: str) -> Iterator[ShowCount]:
         what: The things, such as ``"images"``.
     """
     if sys.stderr.isatty():
-        with _bar() as update:
+        with _bars() as add:
+            update = add()
             yield lambda done, total: update(f"{done}/{total} {what}", done / total)
     else:
         yield _CountLines(what).show
@@ -61,8 +76,8 @@ def fraction_done(progress: Progress) -> float:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[str, float], None]]:
-    """Yield a function that takes a description and the share that is done, 0 to 1."""
+def _bars() -> Iterator[Callable[[], _Update]]:
+    """Yield a function that adds a bar, and returns what takes its description and the share that is done, 0 to 1."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -82,8 +97,12 @@ def _bar() -> Iterator[Callable[[str, float], None]]:
         TimeRemainingColumn(compact=True),
     )
     with Bar(*columns, console=Console(stderr=True), expand=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda text, done: bar.update(task, description=text, completed=done, total=1.0)
+
+        def add() -> _Update:
+            task = bar.add_task("starting", total=None)
+            return lambda text, done: bar.update(task, description=text, completed=done, total=1.0)
+
+        yield add
 
 
 class _Lines:

@@ -78,15 +78,17 @@ def add_options(parser: arguments.Parser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from sam3_lora.cli.progress import progress_on_stderr
+    from sam3_lora.cli.progress import run_on_stderr
     from sam3_lora.finetune import resume, train
     from sam3_lora.training.launch import TrainSettings
 
     if args.resume is not None:
         _refuse_beside_resume(args)
         expected = {key: value for key, value in _config_keys(args).items() if value is not None}
-        with progress_on_stderr() as show:
-            result = resume(args.resume, expected, on_progress=show, report=args.report)
+        with run_on_stderr() as (show, show_report):
+            result = resume(
+                args.resume, expected, on_progress=show, report=args.report, on_report=show_report
+            )
     else:
         missing = [f"--{name}" for name in ("data", "output") if getattr(args, name) is None]
         if missing:
@@ -99,8 +101,8 @@ def _train(args: argparse.Namespace) -> None:
             overrides={key: value for key, value in args.set if "." not in key},
             config={key: value for key, value in args.set if "." in key},
         )
-        with progress_on_stderr() as show:
-            result = train(settings, on_progress=show)
+        with run_on_stderr() as (show, show_report):
+            result = train(settings, on_progress=show, on_report=show_report)
     _print_result(result, as_json=args.json)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sam3_lora.data.check import check_dataset
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.errors import AdapterError, ConfigError, DataError, as_report, did_you_mean
 from sam3_lora.evaluation.metrics import predict_split
-from sam3_lora.evaluation.scores import CocoResult, Scores, read_truth, score_predictions
+from sam3_lora.evaluation.scores import ModelEvaluation, read_truth, score_predictions
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
 
@@ -30,27 +30,22 @@ PREDICTIONS_FOLDER = "predictions"
 
 
 @dataclass(frozen=True)
-class ModelEvaluation:
-    """Scores of one model on the whole split and by prompt, and the predictions behind them."""
-
-    overall: Scores
-    per_class: Mapping[str, Scores]
-    predictions: Sequence[CocoResult] = field(repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers under the names of ``metrics.json``, those of each class in ``per_class``."""
-        per_class = {prompt: scores.as_dict() for prompt, scores in self.per_class.items()}
-        return {**self.overall.as_dict(), "per_class": per_class}
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """Base and adapters on one split. ``split`` is its folder, ``base_name`` what :func:`sam3_lora.load_base` took."""
+    """Base and adapters on one split.
+
+    Attributes:
+        split: Its folder.
+        base_name: What :func:`sam3_lora.load_base` took.
+        base: What the base reached.
+        adapters: What each adapter reached, by name.
+        folders: Where each adapter lies, by the same names.
+    """
 
     split: Path
     base_name: str
     base: ModelEvaluation
     adapters: Mapping[str, ModelEvaluation]
+    folders: Mapping[str, Path]
 
     def as_dict(self) -> dict[str, Any]:
         """Return ``base``, ``adapters`` by name and, when there is exactly one, ``adapter``."""
@@ -113,8 +108,8 @@ def evaluate(
             device=model.device,
             on_progress=on_progress,
         )
-    of_base, *of_adapters = (_scored(folder, results) for results in predictions)
-    return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)))
+    of_base, *of_adapters = (score_predictions(folder / ANNOTATION_FILE, results) for results in predictions)
+    return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)), named)
 
 
 def save_evaluation(evaluation: Evaluation, output: Path, *, overwrite: bool = False) -> None:
@@ -131,10 +126,6 @@ def save_evaluation(evaluation: Evaluation, output: Path, *, overwrite: bool = F
     write_json_atomic(output / METRICS_FILE, evaluation.as_dict())
 
 
-def _scored(folder: Path, predictions: Sequence[CocoResult]) -> ModelEvaluation:
-    return ModelEvaluation(*score_predictions(folder / ANNOTATION_FILE, predictions), predictions)
-
-
 def _checked_split(data: Path, split: StrPath) -> Path:
     """Return the folder of the split, with all of its files and annotations found usable."""
     folder = data / split
@@ -142,7 +133,11 @@ def _checked_split(data: Path, split: StrPath) -> Path:
         folder = Path(split)
     if data.is_dir() and not folder.is_dir() and not (data / ANNOTATION_FILE).is_file():
         splits = sorted(file.parent.name for file in data.glob(f"*/{ANNOTATION_FILE}"))
-        known = f". Its splits are {', '.join(splits)}" if splits else ", nor any other"
+        known = (
+            f". Its splits are {', '.join(splits)}"
+            if splits
+            else f", nor any other; a split is a folder with its images and {ANNOTATION_FILE!r}"
+        )
         raise DataError(f"no split {str(split)!r} in {data}{did_you_mean(str(split), splits) or known}")
     folder = folder.resolve() if folder.name in ("", "..") else folder
     check_dataset(folder.parent, [folder.name], train_split=None)

@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from sam3_lora.evaluation.batches import (
     open_split,
     silence,
 )
-from sam3_lora.evaluation.scores import IOU_TYPES, CocoResult, coco_eval, read_truth
+from sam3_lora.evaluation.scores import CocoResult, ModelEvaluation, read_truth, score_predictions
 
 from sam3.eval.postprocessors import PostProcessImage  # isort: skip  (after the modules that stand in for triton)
 from sam3.model.sam3_image import Sam3Image  # isort: skip
@@ -36,33 +35,6 @@ with silence():
     from sam3.eval.coco_writer import PredictionDumper
 
 _MAX_PREDICTIONS = 100  # an image, best first, over all its categories: PredictionDumper's maxdets
-
-
-@dataclass(frozen=True)
-class SplitResult:
-    """COCO AP of one model on one split, each 0 to 1, and the predictions behind it.
-
-    ``predictions`` holds boxes and masks together and serves both kinds of evaluation; ``image_ids`` are all images of
-    the split in the order of their ids.
-    """
-
-    bbox_AP: float
-    bbox_AP50: float
-    bbox_AP75: float
-    segm_AP: float
-    segm_AP50: float
-    segm_AP75: float
-    predictions: list[CocoResult] = field(repr=False)
-    image_ids: list[int] = field(repr=False)
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the numbers that ``metrics.json`` holds for a model."""
-        return {
-            "bbox_AP50": self.bbox_AP50,
-            "segm_AP50": self.segm_AP50,
-            "bbox_AP": self.bbox_AP,
-            "segm_AP": self.segm_AP,
-        }
 
 
 def evaluate_split(
@@ -75,8 +47,8 @@ def evaluate_split(
     device: str | torch.device,
     dump_dir: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> SplitResult:
-    """Ask the model for every category on every image of a split, and return COCO AP and the predictions.
+) -> ModelEvaluation:
+    """Ask the model for every category on every image of a split, and return its scores and predictions.
 
     Runs in eval mode without gradients, in whatever autocast context the caller has set; the model's modes and the
     random state of Python are as before afterwards.
@@ -95,7 +67,7 @@ def evaluate_split(
     Raises:
         DataError: If there is nothing to measure against (AP is undefined without objects), or images cannot be read.
     """
-    truth = read_truth(annotation_file)
+    read_truth(annotation_file)  # first: it raises if there is nothing to measure against
     (results,) = predict_split(
         [model],
         images,
@@ -107,17 +79,7 @@ def evaluate_split(
     )
     if dump_dir is not None:
         _write_dumps(dump_dir, results)
-    boxes, masks = (coco_eval(truth, results, iou_type).stats.tolist() for iou_type in IOU_TYPES)
-    return SplitResult(
-        bbox_AP=boxes[0],
-        bbox_AP50=boxes[1],
-        bbox_AP75=boxes[2],
-        segm_AP=masks[0],
-        segm_AP50=masks[1],
-        segm_AP75=masks[2],
-        predictions=results,
-        image_ids=sorted(truth.imgs),
-    )
+    return score_predictions(annotation_file, results)
 
 
 def predict_split(

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,11 @@ with silence():
 CocoResult = dict[str, Any]
 IouType = Literal["bbox", "segm"]
 IOU_TYPES: tuple[IouType, IouType] = ("bbox", "segm")
+
+#: Those of :class:`Scores` that the official trainer's validation gives as well.
+AP_METRICS = ("bbox_AP50", "segm_AP50", "bbox_AP", "segm_AP")
+#: Those that say most about a single class.
+CLASS_METRICS = ("bbox_AP50", "segm_AP50", "segm_AP", "mean_IoU", "cgF1")
 
 _CONFIDENT = (
     0.5  # from this score on a prediction counts for cgF1 (CGF1Eval's threshold) and for the mean IoU
@@ -70,6 +75,20 @@ class Scores:
         return {name: value for name, value in self.as_dict().items() if value is not None}
 
 
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """Scores of one model on the whole split and by prompt, and the predictions behind them."""
+
+    overall: Scores
+    per_class: Mapping[str, Scores]
+    predictions: Sequence[CocoResult] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers under the names of ``metrics.json``, those of each class in ``per_class``."""
+        per_class = {prompt: scores.as_dict() for prompt, scores in self.per_class.items()}
+        return {**self.overall.as_dict(), "per_class": per_class}
+
+
 def read_truth(annotation_file: Path) -> COCO:
     """Return a COCO file as pycocotools holds it.
 
@@ -86,9 +105,7 @@ def read_truth(annotation_file: Path) -> COCO:
     return truth
 
 
-def score_predictions(
-    annotation_file: Path, predictions: Sequence[CocoResult]
-) -> tuple[Scores, dict[str, Scores]]:
+def score_predictions(annotation_file: Path, predictions: Sequence[CocoResult]) -> ModelEvaluation:
     """Return the scores of a split, and of each of its classes by prompt, in the order of the category ids.
 
     Raises:
@@ -111,7 +128,7 @@ def score_predictions(
         else Scores()
         for category, name in names.items()
     }
-    return overall, per_class
+    return ModelEvaluation(overall, per_class, predictions)
 
 
 def coco_eval(truth: COCO, predictions: Iterable[CocoResult], iou_type: IouType) -> COCOeval:

@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 from sam3_lora.output import write_text_atomic
 from sam3_lora.report.charts import loss_chart, metrics_chart
 from sam3_lora.report.history import History
 from sam3_lora.report.pictures import Picture, as_data_urls, columns_of
+from sam3_lora.report.tables import Metrics, classes_table, metric_name, metrics_table
 from sam3_lora.visualization import GROUND_TRUTH, Instance, label_colours
 
-_KINDS = {"segm": "Masks", "bbox": "Boxes"}
+REPORT_FILE = "report.html"
+
+_SHOWN_CLASSES = 100  # of thousands, nobody reads all, and the page must open
 _HEADLINE = ("segm_AP50", "bbox_AP50", "segm_AP", "bbox_AP")  # the first that is there leads the page
 
 # The policy is the page's own promise to reach for nothing outside itself; browsers hold it to that.
@@ -50,25 +54,31 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
-    metrics: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Metrics],
+    classes: Mapping[str, Mapping[str, Metrics]] | None = None,
     history: History | None = None,
     pictures: Mapping[str, Sequence[Picture]] | None = None,
     notes: Sequence[str] = (),
+    facts_heading: str = "What was trained",
 ) -> Path:
     """Write one self-contained HTML file, and return its path.
 
     Args:
         path: Replaced if it exists.
         title: Heading of the page, as plain text like all other texts here.
-        facts: Name -> value of what was trained.
+        facts: Name -> value of what was trained, or measured.
         metrics: Column -> metric -> value, such as ``{"base": {"segm_AP50": 0.1}, "adapter": {...}}``. Each later
-            column is compared with the first.
+            column is compared with the first. ``None`` is a value that is not defined.
+        classes: Class -> the same for it alone; at least one metric in each. Only the first hundred are shown.
         history: For the curves of loss and AP.
         pictures: Group -> its pictures, as from :func:`choose_pictures`. All together take 1.7 MB at most, unless
             there are hundreds.
         notes: Sentences below the metrics: how they were measured.
+        facts_heading: What stands above the facts.
     """
-    sections = [_results(metrics, notes), _facts(facts)]
+    sections = [_results(metrics, notes), _facts(facts_heading, facts)]
+    if classes:
+        sections.append(_classes(classes))
     if history is not None and (history.steps or history.metrics):
         sections.append(_curves(history))
     if pictures is not None and any(pictures.values()):
@@ -84,78 +94,40 @@ def write_report(
     return Path(path)
 
 
-def metric_name(metric: str) -> str:
-    """Return the name of a metric for people: ``segm_AP50`` is "Masks, AP50"."""
-    kind, _, rest = metric.partition("_")
-    return (
-        f"{_KINDS[kind]}, {rest.replace('_', ' ')}" if kind in _KINDS and rest else metric.replace("_", " ")
-    )
-
-
-def _lead(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The one result to remember, as first and last column."""
+def _lead(metrics: Mapping[str, Metrics]) -> str:
+    """The one result to remember: the first column, and the best of the later ones."""
     columns = list(metrics)
-    metric = next((name for name in _HEADLINE if columns and all(name in metrics[c] for c in columns)), None)
-    if metric is None:
+    common = (name for name in _HEADLINE if all(values.get(name) is not None for values in metrics.values()))
+    metric = next(common, None)
+    if metric is None or not columns:
         return ""
-    first, last = metrics[columns[0]][metric], metrics[columns[-1]][metric]
-    value = f"<strong>{last:.3f}</strong>"
-    if len(columns) > 1:
-        value = f"<span>{first:.3f}</span> <span aria-label='to'>→</span> {value}"
-    legend = " → ".join(map(escape, dict.fromkeys((columns[0], columns[-1]))))
+    values = {column: metrics[column][metric] or 0.0 for column in columns}
+    first, *later = columns
+    best = max(later or columns, key=values.__getitem__)
+    value = f"<strong>{values[best]:.3f}</strong>"
+    if later:
+        value = f"<span>{values[first]:.3f}</span> <span aria-label='to'>→</span> {value}"
+    legend = " → ".join(map(escape, dict.fromkeys((first, best))))
     return f'<p class="lead">{value} <small>{escape(metric_name(metric))}: {legend}</small></p>'
 
 
-def _results(metrics: Mapping[str, Mapping[str, float]], notes: Sequence[str]) -> str:
-    columns = list(metrics)
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    head = "".join(
-        f'<th scope="col">{escape(column)}</th>'
-        + ('<th scope="col">difference</th>' if column != columns[0] else "")
-        for column in columns
-    )
-    body = "".join(_metric_row(name, metrics) for name in names)
+def _results(metrics: Mapping[str, Metrics], notes: Sequence[str]) -> str:
     said = "".join(f"<p class='note'>{escape(note)}</p>" for note in notes)
-    return _section(
-        "Results",
-        f"<div class='scroll' tabindex='0' role='region' aria-label='Metrics'><table><thead><tr>"
-        f'<th scope="col">metric</th>{head}</tr></thead><tbody>{body}</tbody></table></div>{said}',
-    )
+    return _section("Results", metrics_table(metrics) + said)
 
 
-def _metric_row(name: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
-    first = next(iter(metrics.values())).get(name)
-    cells = []
-    for index, values in enumerate(metrics.values()):
-        value = values.get(name)
-        cells.append(_value_cell(value))
-        if index:
-            cells.append(_difference_cell(first, value))
-    return f'<tr><th scope="row"><span title="{escape(name)}">{escape(metric_name(name))}</span></th>{"".join(cells)}</tr>'
+def _classes(classes: Mapping[str, Mapping[str, Metrics]]) -> str:
+    shown = dict(islice(classes.items(), _SHOWN_CLASSES))
+    more = len(classes) - len(shown)
+    said = f"<p class='note'>{more:,} more classes are left out here.</p>" if more else ""
+    return _section("Results by class", classes_table(shown) + said)
 
 
-def _value_cell(value: float | None) -> str:
-    if value is None:
-        return "<td>–</td>"
-    share = min(max(value, 0.0), 1.0)
-    return f'<td><span class="bar" style="--share:{share:.3f}">{value:.3f}</span></td>'
-
-
-def _difference_cell(first: float | None, value: float | None) -> str:
-    if first is None or value is None:
-        return "<td>–</td>"
-    difference = round(value, 3) - round(first, 3)  # of the numbers that are shown
-    if abs(difference) < 0.0005:
-        return "<td>±0.000</td>"
-    sign, kind = ("+", "up") if difference > 0 else ("−", "down")
-    return f'<td class="{kind}">{sign}{abs(difference):.3f}</td>'
-
-
-def _facts(facts: Mapping[str, str]) -> str:
+def _facts(heading: str, facts: Mapping[str, str]) -> str:
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()
     )
-    return _section("What was trained", f"<dl>{items}</dl>")
+    return _section(heading, f"<dl>{items}</dl>")
 
 
 def _curves(history: History) -> str:
@@ -216,5 +188,5 @@ def _in_words(items: Sequence[Instance]) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    name = title.lower().replace(" ", "-")
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{content}</section>'
+    name = escape(title.lower().replace(" ", "-"))
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{content}</section>'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from sam3_lora.data.coco import ANNOTATION_FILE, Split, read_split
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.evaluation.scores import CocoResult
 from sam3_lora.inference import bfloat16_on_cuda
+from sam3_lora.report.facts import amount_of, prompts_in_words, size_on_disk
 from sam3_lora.report.history import History, ReportError, read_history
-from sam3_lora.report.page import write_report
+from sam3_lora.report.page import REPORT_FILE, write_report
 from sam3_lora.report.pictures import choose_pictures
 from sam3_lora.training.progress import BEST_METRICS_FILE
 from sam3_lora.training.trainer import BEST_DUMPS, METRICS
 
-REPORT_FILE = "report.html"
-
-_SHOWN_PROMPTS = 12
 _BASE_NOTE = "base: measured after the training, on the same images and with the same settings as the validations of the run."
 
 
@@ -43,6 +41,7 @@ def report_of_run(
     *,
     title: str | None = None,
     models: Mapping[str, Measured] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write ``report.html`` into a finished run and return its path.
 
@@ -52,6 +51,7 @@ def report_of_run(
         title: Heading; by default one with the name of the folder.
         models: Column -> what it reached, the base first. By default "adapter" is the validation after which the run
             saved its best adapter, and "base" is measured now, which takes as long as one validation.
+        on_progress: Called with the number of images done and of all while the base is measured.
 
     Raises:
         ReportError: If the folder holds no finished run.
@@ -64,7 +64,7 @@ def report_of_run(
     train, valid = read_split(dataset / "train"), read_split(dataset / "valid")
     if models is None:
         adapter = _best_validation(run_folder, history)  # first: it is the one that may be missing
-        models = {"base": _measure_base(config, valid), "adapter": adapter}
+        models = {"base": _measure_base(config, valid, on_progress), "adapter": adapter}
     return write_report(
         run_folder / REPORT_FILE,
         title=title or f"Training run “{run_folder.resolve().name}”",
@@ -110,7 +110,9 @@ def _best_validation(run_folder: Path, history: History) -> Measured:
     )
 
 
-def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
+def _measure_base(
+    config: Mapping[str, Any], valid: Split, on_progress: Callable[[int, int], None] | None
+) -> Measured:
     base = config["base"]
     model = load_base(base["name"])
     # As the trainer resolves "auto".
@@ -122,8 +124,9 @@ def _measure_base(config: Mapping[str, Any], valid: Split) -> Measured:
             resolution=base["resolution"],
             batch_size=config["training"]["batch_size"],
             device=model.device,
+            on_progress=on_progress,
         )
-    metrics = {name: value for name, value in result.as_dict().items() if name in METRICS}
+    metrics = {name: value for name, value in result.overall.defined().items() if name in METRICS}
     return Measured(metrics, result.predictions, _BASE_NOTE)
 
 
@@ -141,29 +144,13 @@ def _facts(
         "Base model": config["base"]["name"],
         "Adapted modules": f"{start['adapted_modules']:,}" if "adapted_modules" in start else "not recorded",
         "Trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
-        "Adapter on disk": _size(run_folder / "adapters" / "best" / WEIGHTS_FILE),
-        "Training data": _amount(train),
-        "Validation data": _amount(valid),
+        "Adapter on disk": size_on_disk(run_folder / "adapters" / "best" / WEIGHTS_FILE),
+        "Training data": amount_of(train),
+        "Validation data": amount_of(valid),
         "Epochs": epochs,
         "Learning rate": f"{training['lr']:g}",
         "Images per step": f"{training['batch_size'] * training['gradient_accumulation_steps']:,} on each process",
         "Seed": str(training["seed"]),
-        "Prompts": _prompts(valid.prompts),
+        "Prompts": prompts_in_words(valid.prompts),
     }
     return facts
-
-
-def _size(file: Path) -> str:
-    if not file.is_file():
-        return "not there"
-    size = file.stat().st_size
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
-
-
-def _amount(split: Split) -> str:
-    return f"{len(split.images):,} images, {sum(split.objects_per_prompt.values()):,} objects"
-
-
-def _prompts(prompts: Sequence[str]) -> str:
-    more = len(prompts) - _SHOWN_PROMPTS
-    return ", ".join(prompts[:_SHOWN_PROMPTS]) + (f" and {more:,} more" if more > 0 else "")

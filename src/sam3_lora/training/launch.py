@@ -22,6 +22,7 @@ from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError, as_report,
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import seed_block_problems
+from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 
 RUN_FILE = "run.yaml"
@@ -102,6 +103,7 @@ class TrainResult:
 def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
     """Do what :func:`sam3_lora.train` does, but for the report."""
     check_settings(settings)
+    check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
     check_dataset(settings.data)
     find_checkpoint(settings.base)
@@ -119,6 +121,7 @@ def resume(
     run_file = output.resolve() / RUN_FILE
     if not run_file.is_file():
         raise OutputError(f"{output} holds no run to go on with: there is no {RUN_FILE!r} in it")
+    check_not_running(output)
     started_with = OmegaConf.load(run_file)
     resolved = output / "config_resolved.yaml"
     known = OmegaConf.load(resolved) if resolved.is_file() else started_with
@@ -148,7 +151,11 @@ def check_settings(settings: TrainSettings) -> None:
         TargetError: If an override names modules that cannot be adapted.
     """
     get_preset(settings.preset)
-    problems = [problem for key in settings.config for problem in _unknown_key(key, settings.preset)]
+    problems = [
+        problem
+        for key, value in settings.config.items()
+        for problem in _config_problem(key, value, settings.preset)
+    ]
     if problems:
         raise ConfigError(as_report(problems))
     if settings.overrides:
@@ -161,8 +168,9 @@ def check_settings(settings: TrainSettings) -> None:
         get_peft_sam3(model, settings.preset, **settings.overrides)
 
 
-def _unknown_key(key: str, preset: str) -> list[str]:
-    """Return a problem if a dotted key is in none of the config files that a run of this preset is made of."""
+def _config_problem(key: str, value: Any, preset: str) -> list[str]:
+    """Return a problem if a dotted key is in none of the config files that a run of this preset is made of, or has a
+    number there and is to become none."""
     if key.startswith("lora."):
         return seed_block_problems({key.removeprefix("lora."): None})
     folder = files("sam3_lora.configs") / "sam3_lora"
@@ -178,7 +186,15 @@ def _unknown_key(key: str, preset: str) -> list[str]:
             return [f"unknown key {key!r}: {where} has no {name!r}{did_you_mean(name, names)}"]
         if depth < len(parents):
             node = node._get_node(name)
+    present = None if OmegaConf.is_interpolation(node, last) else node[last]
+    free = value is None or (isinstance(value, str) and value.startswith("${"))
+    if _is_number(present) and not _is_number(value) and not free:
+        return [f"{key} needs a number, got {value!r}"]
     return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def run_yaml(settings: TrainSettings) -> str:

@@ -23,6 +23,7 @@ from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraEr
 from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
+from sam3_lora.training.lock import take_lock
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
@@ -60,6 +61,7 @@ class LoraTrainer(Trainer):
       ``amp.enabled: true`` is bfloat16 autocast there too.
     - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
     - ``logs/progress.jsonl`` for programs that watch the run.
+    - ``logs/run.lock`` keeps a second process out of the run folder.
 
     Args:
         adapter_dir: Where the adapter folders go.
@@ -85,6 +87,8 @@ class LoraTrainer(Trainer):
     ) -> None:
         enable_cpu_training()
         self._logs = Path(official["logging"]["log_dir"])
+        # Not among the errors reported: the progress file belongs to the run that goes on.
+        self._lock = take_lock(self._logs) if os.environ.get("RANK", "0") == "0" else None
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         self._adapter_dir = Path(adapter_dir)
@@ -151,7 +155,8 @@ class LoraTrainer(Trainer):
             saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise CheckpointError(
-                f"{ckpt_path} is damaged; copy a whole one there, or delete it to train from the start ({error})"
+                f"{ckpt_path} is damaged; copy a whole one there, or delete it to train from the start "
+                f"({str(error).partition('. ')[0] or 'it ends too early'})"
             ) from error
         if changed := differences(saved.get("run", {}), self._fingerprint):
             raise ConfigError(
