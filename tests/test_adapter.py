@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import stat
+import warnings
 
 import peft
 import pytest
@@ -24,6 +25,7 @@ from sam3_lora.adapter import (
 from sam3_lora.attention import SplitAttention, split_attention
 from sam3_lora.base.official import build_meta_sam3
 from sam3_lora.base.tiny import build_tiny_sam3
+from sam3_lora.components import PATTERNS
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, TargetError
 from sam3_lora.presets import PRESETS, TRAINABLE_PARAMETERS
 
@@ -42,6 +44,7 @@ EVERYTHING = {
     ],
     "kinds": ["attention", "mlp", "heads", "proj", "conv"],
 }
+PARTS = [(component, kind) for component, kinds in PATTERNS.items() for kind in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,13 @@ def test_the_tracker_of_the_interactive_model_gets_no_adapter():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_adding_an_adapter_gives_no_warning(base, preset):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_sam3(base, preset)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_fresh_adapter_does_not_change_the_model(base, preset):
     before = forward(split_attention(base))
     assert_same(forward(get_peft_sam3(base, preset)), before)
@@ -180,6 +190,32 @@ def test_every_tensor_of_an_adapter_gets_a_gradient_and_training_changes_no_base
     after = base.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == adapter.keys()
     assert all(".lora_" in name for name in adapter)
+
+
+@pytest.mark.parametrize(("component", "kind"), sorted(PARTS))
+def test_gradients_agree_with_finite_differences(component, kind):
+    base = build_tiny_sam3(eval_mode=True)
+    # The decoder detaches the boxes that it hands on, so they must not move: bbox_embed still ends in zeros.
+    left_out = {"exclude_modules": r".*\.(bbox_embed|presence_token_head)\..*"} if kind == "heads" else {}
+    adapted = randomize(get_peft_sam3(base, components=[component], kinds=[kind], **left_out)).eval()
+    tensors = [p for p in adapted.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(8)
+    directions = [torch.randn(p.shape, generator=generator) * p.detach().abs().mean() for p in tensors]
+
+    def value():
+        return sum(output.double().square().mean() for output in forward_with_gradients(base).values())
+
+    gradients = torch.autograd.grad(value(), tensors)
+    expected = sum((g.double() * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
+    step, values = 1e-3, []
+    with torch.no_grad():
+        for side in (step, -2 * step):
+            for tensor, direction in zip(tensors, directions, strict=True):
+                tensor += side * direction
+            values.append(value().item())
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(
+        expected, rel=0.05
+    )  # fp32 and ReLU leave up to 3 %
 
 
 def test_the_adapter_of_a_bf16_base_is_fp32(base):
@@ -337,6 +373,19 @@ def test_a_second_adapter_is_refused(base, which, again):
     adapted = get_peft_sam3(base, "minimal")
     with pytest.raises(AdapterError, match="has an adapter already, on 42 modules"):
         again(adapted if which == "wrapper" else base)
+
+
+def test_an_adapter_that_is_merged_is_taken_out_by_unmerging_first(base, pristine):
+    adapted = randomize(get_peft_sam3(base, "minimal"))
+    adapted.merge_adapter()
+    with pytest.raises(
+        AdapterError, match=r"merged into their weights; .* unmerge_adapter\(\) and then unload"
+    ):
+        get_peft_sam3(base, "minimal")
+    adapted.unmerge_adapter()
+    base = adapted.unload()
+    assert adapted_modules(get_peft_sam3(base, "minimal"))
+    assert count_parameters(base).total - count_parameters(base).trainable == count_parameters(pristine).total
 
 
 @pytest.mark.parametrize("moment", ["in the trial", "in the model itself"])
@@ -659,6 +708,14 @@ def edit_record(**changes):
     return damage
 
 
+def edit_config_and_forget(**changes):
+    def damage(folder):
+        edit_config(**changes)(folder)
+        (folder / "sam3_lora.json").unlink()
+
+    return damage
+
+
 def edit_weights_and_forget(edit):
     def damage(folder):
         edit_weights(edit)(folder)
@@ -710,10 +767,27 @@ def without(*names):
             [f"{LAST}: holds NaN or infinity"],
             id="not a number",
         ),
-        pytest.param(edit_config(lora_alpha=99), ["r or lora_alpha are not those"], id="another alpha"),
+        pytest.param(
+            edit_weights_and_forget(lambda t: {**t, LAST: t[LAST].long()}),
+            [f"{LAST}: is torch.int64"],
+            id="whole numbers",
+        ),
+        pytest.param(edit_config(lora_alpha=99), ["other settings than the adapter"], id="another alpha"),
+        pytest.param(edit_config(use_rslora=True), ["other settings than the adapter"], id="another scaling"),
+        pytest.param(
+            edit_config(init_lora_weights="pissa"), ["other settings than the adapter"], id="another start"
+        ),
+        pytest.param(
+            edit_config(rank_pattern=None), ["refuses these settings (AttributeError)"], id="no rank pattern"
+        ),
+        pytest.param(
+            edit_config_and_forget(lora_alpha=0, alpha_pattern={}),
+            ["68 problems", "qkv: lora_alpha must be a positive number, got 0"],
+            id="alpha zero",
+        ),
         pytest.param(
             edit_config(target_modules=r"transformer\.decoder\.layers\.0\.linear1"),
-            ["linear1.lora_A.weight: missing", "no place in the model", "modules, r or lora_alpha are not"],
+            ["linear1.lora_A.weight: missing", "no place in the model", "other settings than the adapter"],
             id="other targets",
         ),
         pytest.param(

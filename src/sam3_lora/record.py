@@ -13,11 +13,12 @@ from typing import Any
 
 from sam3_lora.components import COMPONENT_MAP_VERSION
 from sam3_lora.errors import AdapterError
-from sam3_lora.plan import Strength
 
 RECORD_FILE = "sam3_lora.json"
 
 _FORMAT = 1  # raise it when an older sam3-lora would misread the file
+# In adapter_config.json, but of no consequence for what the adapter does.
+_NO_SETTINGS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 _PACKAGES = ("sam3-lora", "sam3", "peft", "torch")
 
 
@@ -30,8 +31,8 @@ class AdapterRecord:
         base_fingerprint: Component -> hash, from :func:`sam3_lora.fingerprint.base_fingerprint`.
         preset: Its name, or ``None`` for a choice of the user's own.
         modules: Number of adapted modules.
-        strengths: Hash of their names, ``r`` and ``lora_alpha``.
         parameters: How many numbers the adapter holds.
+        config_sha256: Hash of the settings in ``adapter_config.json``.
         weights_sha256: Hash of ``adapter_model.safetensors``.
         prompts: What it was trained to find.
         training: Summary of the run: epoch, images, metrics and so on. Empty for an adapter that was not trained by us.
@@ -42,8 +43,8 @@ class AdapterRecord:
     base_fingerprint: Mapping[str, str]
     preset: str | None
     modules: int
-    strengths: str
     parameters: int
+    config_sha256: str
     weights_sha256: str
     prompts: Sequence[str] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -98,10 +99,11 @@ def version_problems(record: AdapterRecord) -> list[str]:
     return problems
 
 
-def strengths_digest(modules: Mapping[str, Strength]) -> str:
-    """Return a hash of which modules are adapted how strongly, in whatever order."""
-    lines = sorted(f"{name} {r} {alpha:g}" for name, (r, alpha) in modules.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+def config_digest(path: Path) -> str:
+    """Return the SHA-256 of what matters in an ``adapter_config.json``, in whatever order it stands there."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in values.items() if name not in _NO_SETTINGS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

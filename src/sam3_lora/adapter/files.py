@@ -35,12 +35,13 @@ from sam3_lora.liveness import uncalled_modules
 from sam3_lora.model_card import model_card
 from sam3_lora.output import replaced_folder
 from sam3_lora.plan import preset_of, refuse_outer_model
+from sam3_lora.presets import number_problems
 from sam3_lora.record import (
     RECORD_FILE,
     AdapterRecord,
+    config_digest,
     file_digest,
     read_record,
-    strengths_digest,
     version_problems,
 )
 
@@ -180,7 +181,7 @@ def _read_adapter(folder: Path) -> _Saved:
     _refuse_other_kinds(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # PEFT does not check what it reads
         raise AdapterError(f"{str(folder / CONFIG_FILE)!r} is damaged: {error}") from error
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{str(folder)!r} holds a {config.peft_type} adapter; only LoRA can be loaded")
@@ -220,20 +221,17 @@ def _refuse_misfits(
 ) -> None:
     """Raise with everything that speaks against loading, found on a copy of the model without weights."""
     problems = [] if saved.record is None else _against_record(saved, saved.record, fingerprint)
+    trial = split_attention(without_weights(model))
     try:
-        trial = inner_model(try_on(split_attention(without_weights(model)), saved.config, adapter_name))
+        trial = inner_model(try_on(trial, saved.config, adapter_name))
+        wanted = adapter_tensors(trial, adapter_name)
     except ConfigError as error:
         problems.append(str(error))
     else:
-        if saved.record and saved.record.strengths != strengths_digest(strengths_of(trial, adapter_name)):
-            problems.append(
-                f"{CONFIG_FILE}: modules, r or lora_alpha are not those that the adapter was saved with"
-            )
-        problems += [
-            f"{name}: {reason}"
-            for name, reason in uncalled_modules(model, strengths_of(trial, adapter_name)).items()
-        ]
-        problems += _tensor_problems(saved.tensors, adapter_tensors(trial, adapter_name))
+        strengths = strengths_of(trial, adapter_name)
+        problems += [f"{name}: {reason}" for name, reason in uncalled_modules(model, strengths).items()]
+        problems += number_problems({}, {name: s.lora_alpha for name, s in strengths.items()})
+        problems += _tensor_problems(saved.tensors, wanted)
     if problems:
         raise AdapterError(f"{str(saved.folder)!r} does not fit this model: {as_report(problems)}")
 
@@ -243,6 +241,11 @@ def _against_record(saved: _Saved, record: AdapterRecord, fingerprint: Mapping[s
     if record.weights_sha256 != file_digest(saved.folder / WEIGHTS_FILE):
         problems.append(
             f"{WEIGHTS_FILE}: not the file that was saved; copy it again, or delete {RECORD_FILE} if you changed it"
+        )
+    if record.config_sha256 != config_digest(saved.folder / CONFIG_FILE):
+        problems.append(
+            f"{CONFIG_FILE}: other settings than the adapter was saved with; copy it again, or delete {RECORD_FILE} if "
+            "you changed it"
         )
     if changed := changed_components(record.base_fingerprint, fingerprint):
         problems.append(
@@ -260,10 +263,12 @@ def _tensor_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         for name, tensor in found.items()
         if name in wanted and tensor.shape != wanted[name].shape
     ]
-    not_finite = [
-        f"{name}: holds NaN or infinity" for name, t in found.items() if not torch.isfinite(t).all()
+    not_numbers = [
+        f"{name}: {'holds NaN or infinity' if tensor.is_floating_point() else f'is {tensor.dtype}'}"
+        for name, tensor in found.items()
+        if not (tensor.is_floating_point() and torch.isfinite(tensor).all())
     ]
-    return missing + unexpected + misshaped + not_finite
+    return missing + unexpected + misshaped + not_numbers
 
 
 def _refuse_to_replace(folder: Path) -> None:
@@ -304,8 +309,8 @@ def _record(
         base_fingerprint=origin.base_fingerprint,
         preset=preset_of(modules, (name for name, _ in inner.named_modules())),
         modules=len(modules),
-        strengths=strengths_digest(modules),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
+        config_sha256=config_digest(folder / CONFIG_FILE),
         weights_sha256=file_digest(folder / WEIGHTS_FILE),
         prompts=origin.prompts,
         training=origin.training,

@@ -14,7 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from sam3_lora.adapter.copies import without_weights
-from sam3_lora.adapter.layers import Origin, inner_model, refuse_adapted, remember_origin, strengths_of
+from sam3_lora.adapter.layers import (
+    Origin,
+    adapter_tensors,
+    inner_model,
+    refuse_adapted,
+    remember_origin,
+    strengths_of,
+)
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.fingerprint import base_fingerprint
@@ -76,7 +83,12 @@ def _one_of_each_kind(model: nn.Module, plan: Plan) -> Plan:
         shapes = tuple(p.shape for p in module.parameters(recurse=False))
         kinds.setdefault((type(module), shapes, strength), name)
     modules = {name: plan.modules[name] for name in kinds.values()}
-    return Plan(modules, {**plan.lora_config, "target_modules": "|".join(map(re.escape, modules))})
+    chosen = {
+        "target_modules": "|".join(map(re.escape, modules)),
+        "rank_pattern": {re.escape(name): strength.r for name, strength in modules.items()},
+        "alpha_pattern": {re.escape(name): strength.lora_alpha for name, strength in modules.items()},
+    }
+    return Plan(modules, {**plan.lora_config, **chosen})
 
 
 def _lora_config(plan: Plan) -> LoraConfig:
@@ -92,9 +104,11 @@ def try_on(trial: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel
     if str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
         config.init_lora_weights = True
     try:
-        return wrap(trial, config, adapter_name, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise ConfigError(f"PEFT refuses these settings: {error}") from error
+        adapted = wrap(trial, config, adapter_name, low_cpu_mem_usage=True)
+        adapter_tensors(adapted, adapter_name)  # which reads further settings
+    except Exception as error:  # PEFT checks little: a wrong type may surface as anything
+        raise ConfigError(f"PEFT refuses these settings ({type(error).__name__}): {error}") from error
+    return adapted
 
 
 def wrap(

@@ -152,9 +152,17 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    adapted = adapted_modules(model)
-    if isinstance(model, PeftModel) or adapted:
-        raise AdapterError(
-            f"this model has an adapter already, on {len(adapted)} modules; "
-            "start from a fresh base, or take it out with unload() of its PeftModel"
-        )
+    """Do nothing if the model carries no adapter.
+
+    Raises:
+        AdapterError: If it does; says how to take it out, which for a merged one needs one step more.
+    """
+    layers = [m for m in inner_model(model).modules() if isinstance(m, BaseTunerLayer)]
+    if not layers and not isinstance(model, PeftModel):
+        return
+    merged = any(layer.merged for layer in layers)
+    first = "unmerge_adapter() and then " if merged else ""
+    raise AdapterError(
+        f"this model has an adapter already, on {len(layers)} modules{', merged into their weights' if merged else ''}; "
+        f"start from a fresh base, or take it out with {first}unload() of its PeftModel"
+    )
