@@ -203,7 +203,9 @@ def test_gradients_agree_with_finite_differences(component, kind):
     directions = [torch.randn(p.shape, generator=generator) * p.detach().abs().mean() for p in tensors]
 
     def value():
-        return sum(output.double().square().mean() for output in forward_with_gradients(base).values())
+        outputs = forward_with_gradients(base)
+        del outputs["presence_logit_dec"]  # clamped, so with kinks
+        return sum(output.double().square().mean() for output in outputs.values())
 
     gradients = torch.autograd.grad(value(), tensors)
     expected = sum((g.double() * d).sum() for g, d in zip(gradients, directions, strict=True)).item()

@@ -24,10 +24,17 @@ def test_alpha_is_twice_r_in_every_preset(name):
     assert all(preset.alpha_of(component) == 2 * r for component, r in preset.components.items())
 
 
-def test_an_unknown_preset_is_an_error_with_the_close_match_and_the_list():
-    with pytest.raises(ConfigError, match="unknown preset 'balancd'; did you mean 'balanced'") as error:
-        get_preset("balancd")
-    assert "minimal, balanced, full" in str(error.value)
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("balancd", "unknown preset 'balancd'; did you mean 'balanced'?"),
+        ("x", "presets are minimal, balanced, full"),
+    ],
+)
+def test_an_unknown_preset_is_an_error_with_the_close_match_or_the_list(name, problem):
+    with pytest.raises(ConfigError) as error:
+        get_preset(name)
+    assert problem in str(error.value)
 
 
 def test_a_preset_cannot_be_changed_in_place():

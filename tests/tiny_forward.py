@@ -28,7 +28,8 @@ def forward_with_gradients(
         geometric_prompt=prompt,
         find_target=None,
     )
-    return {name: out[name] for name in ("pred_logits", "pred_boxes", "pred_masks", "semantic_seg")}
+    names = ("pred_logits", "pred_boxes", "pred_masks", "semantic_seg", "presence_logit_dec")
+    return {name: out[name] for name in names}
 
 
 def _one_image_one_prompt() -> FindStage:

@@ -90,6 +90,8 @@ ROOTS: Mapping[Component, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+_MOST_LISTED = 12  # names in an error
+
 # No output of the full-size model passes a gradient to these: an adapter there would train nothing.
 DEAD_MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -146,9 +148,10 @@ def component_of(module_name: str) -> tuple[Component, Kind] | None:
 
 
 def unknown_names(word: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return one problem text, with the close match, for each name that is not among the known ones."""
+    """Return one problem text for each name that is not among the known ones, with the close match or a short list."""
     known = list(known)
-    return [f"unknown {word} {n!r}{did_you_mean(str(n), known)}" for n in names if n not in known]
+    listed = f"; {word}s are {', '.join(known)}" if len(known) <= _MOST_LISTED else ""
+    return [f"unknown {word} {n!r}{did_you_mean(str(n), known) or listed}" for n in names if n not in known]
 
 
 def resolve_targets(

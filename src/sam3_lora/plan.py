@@ -32,15 +32,18 @@ from sam3_lora.targets import (
     idle_entries,
     keep_last_vision_blocks,
     narrow_targets,
+    saved_modules,
     select_targets,
     setting_problems,
     type_problems,
 )
+from sam3_lora.train_also import TRAIN_ALSO, layers_of, word_problems
 
 # Settings that choose modules or strengths: they go into the plan, everything else goes to PEFT as it is.
 _RESOLVED = (
     *OVERRIDES,
     LAST_BLOCKS,
+    TRAIN_ALSO,
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -64,6 +67,7 @@ class Plan:
 
     modules: Mapping[str, Strength]  # by full name, component by component
     lora_config: Mapping[str, Any]
+    saved: tuple[str, ...] = ()  # full names of the modules that are trained and saved whole
 
 
 def make_plan(
@@ -85,9 +89,11 @@ def make_plan(
     refuse_outer_model(names)
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        _raise_problems(names, preset, given, (*lora_fields, LAST_BLOCKS))
+        _raise_problems(names, preset, given, (*lora_fields, LAST_BLOCKS, TRAIN_ALSO))
         preset, targets = _choose(names, preset, given)
-        return _with_strengths(narrow_targets(targets, names, given), preset, given)
+        given = _with_whole_layers(names, targets, given)
+        plan = _with_strengths(narrow_targets(targets, names, given), preset, given)
+        return dataclasses.replace(plan, saved=tuple(saved_modules(names, given)))
     except re.error as error:
         raise ConfigError(f"{error.pattern!r} is not a regular expression: {error}") from error
 
@@ -130,6 +136,7 @@ def _raise_problems(names: list[str], preset: Preset, given: Mapping[str, Any], 
         *override_problems(preset, overrides, known),
         *_pattern_number_problems(given),
         *setting_problems(names, given),
+        *(word_problems(given[TRAIN_ALSO]) if TRAIN_ALSO in given else ()),
     ]
     idle = idle_entries(names, given) + _idle_patterns(adaptable, given)
     if wrong or idle:
@@ -144,6 +151,14 @@ def _choose(names: list[str], preset: Preset, given: Mapping[str, Any]) -> tuple
         return preset, _preset_targets(names, preset)
     targets = select_targets(names, given["target_modules"])
     return override_preset(preset, {**ours, "components": list(targets)}), targets
+
+
+def _with_whole_layers(names: list[str], targets: Targets, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the layers of ``train_also`` among ``modules_to_save``."""
+    if TRAIN_ALSO not in given:
+        return given
+    layers = layers_of(given[TRAIN_ALSO], names, targets)
+    return {**given, "modules_to_save": [*given.get("modules_to_save", ()), *layers]}
 
 
 def _own_blocks(preset: Preset, given: Mapping[str, Any]) -> Preset:

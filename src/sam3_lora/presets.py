@@ -164,11 +164,11 @@ def get_preset(name: str) -> Preset:
     """Return the preset of that name.
 
     Raises:
-        ConfigError: If there is none; with the close match and the list.
+        ConfigError: If there is none; with the close match, or the list.
     """
     problems = unknown_names("preset", [name], PRESETS)
     if problems:
-        raise ConfigError(f"{problems[0]} Presets are {', '.join(PRESETS)}.")
+        raise ConfigError(problems[0])
     return PRESETS[name]
 
 

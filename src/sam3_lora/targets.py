@@ -46,8 +46,7 @@ def narrow_targets(targets: Targets, names: list[str], given: Mapping[str, Any])
     if LAST_BLOCKS in given:
         targets = keep_last_vision_blocks(targets, names, given[LAST_BLOCKS])
     if "modules_to_save" in given:
-        saved = [name for matched in _saved(names, given["modules_to_save"]).values() for name in matched]
-        inside = tuple(f"{name}." for name in saved)
+        inside = tuple(f"{name}." for name in saved_modules(names, given))
         targets = _keep(targets, "modules_to_save", lambda name: not f"{name}.".startswith(inside))
     return targets
 
@@ -64,6 +63,12 @@ def keep_last_vision_blocks(targets: Targets, names: list[str], number: int) -> 
     if not blocks:
         raise TargetError(f"{LAST_BLOCKS} has no effect: no block of vision_encoder is adapted")
     return _keep(targets, LAST_BLOCKS, lambda name: blocks.get(name, first) >= first)
+
+
+def saved_modules(names: list[str], given: Mapping[str, Any]) -> list[str]:
+    """Return the full names of the modules that ``modules_to_save`` names, each once."""
+    matched = _saved(names, given.get("modules_to_save", ())).values()
+    return list(dict.fromkeys(name for found in matched for name in found))
 
 
 def type_problems(given: Mapping[str, Any]) -> dict[str, str]:
@@ -143,7 +148,7 @@ def _saved_problems(names: list[str], modules_to_save: str | Iterable[str]) -> l
     ]
     return problems + [
         f"modules_to_save {entry!r} would wrap {name!r}, which sam3's activation checkpointing cannot call; "
-        "name its children"
+        "name its children, or use train_also"
         for entry, matched in saved.items()
         for name in matched
         if re.fullmatch(_NEVER_SAVED, name)

@@ -20,6 +20,7 @@ from sam3_lora.adapter.layers import (
     inner_model,
     refuse_adapted,
     remember_origin,
+    saved_modules,
     strengths_of,
 )
 from sam3_lora.attention import split_attention
@@ -51,7 +52,8 @@ def get_peft_sam3(
         adapter_name: PEFT's name for the adapter.
         **overrides: ``components`` and ``kinds`` to adapt; ``r`` and ``lora_alpha``, a number or one per
             component; ``last_n_vision_blocks``, to leave out the blocks before them; and every other field of PEFT's
-            ``LoraConfig``. ``target_modules`` replaces components and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
+            ``LoraConfig``. ``train_also`` names parts that are trained whole: some of :data:`sam3_lora.train_also.WORDS`,
+            where "norms" means those of the adapted components. ``target_modules`` replaces components and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
 
     Raises:
         ConfigError: For unknown presets and overrides, and values out of range; all at once.
@@ -88,7 +90,7 @@ def _one_of_each_kind(model: nn.Module, plan: Plan) -> Plan:
         "rank_pattern": {re.escape(name): strength.r for name, strength in modules.items()},
         "alpha_pattern": {re.escape(name): strength.lora_alpha for name, strength in modules.items()},
     }
-    return Plan(modules, {**plan.lora_config, **chosen})
+    return Plan(modules, {**plan.lora_config, **chosen}, plan.saved)
 
 
 def _lora_config(plan: Plan) -> LoraConfig:
@@ -143,5 +145,8 @@ def _check_wrapped(adapted: PeftModel, adapter_name: str, plan: Plan) -> None:
         for name, wanted in plan.modules.items()
         if found.get(name, wanted) != wanted
     ]
+    whole = saved_modules(inner_model(adapted))
+    problems += [f"{name}: not trained whole" for name in plan.saved if name not in whole]
+    problems += [f"{name}: trained whole without being asked for" for name in whole if name not in plan.saved]
     if problems:
         raise TargetError(f"PEFT did not wrap the modules as requested: {as_report(problems)}")

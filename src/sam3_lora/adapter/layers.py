@@ -135,6 +135,11 @@ def origin_of(inner: nn.Module, adapter_name: str) -> Origin | None:
     return origins.get(adapter_name)
 
 
+def saved_modules(inner: nn.Module) -> list[str]:
+    """Return the official names of the modules that are trained and saved whole."""
+    return [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
 def config_of(inner: nn.Module, adapter_name: str) -> LoraConfig:
     configs: Mapping[str, LoraConfig] = getattr(inner, "peft_config", {})
     if adapter_name not in configs:
