@@ -23,9 +23,9 @@ def make_trainer(tmp_path, monkeypatch):
     if not OmegaConf.has_resolver("get_method"):
         register_omegaconf_resolvers()
 
-    def make(**training):
+    def make(*overrides, **training):
         settings = {"max_epochs": 1, "batch_size": 1, "num_workers": 0, "lr": 1e-2, **training}
-        overrides = [f"training.{name}={value}" for name, value in settings.items()]
+        overrides = [*overrides, *(f"training.{name}={value}" for name, value in settings.items())]
         overrides += [
             f"paths.dataset_root={tmp_path / 'data'}",
             f"paths.experiment_log_dir={tmp_path / 'run'}",
@@ -52,3 +52,12 @@ def test_fifty_steps_change_every_adapter_tensor_and_no_base_tensor_by_one_bit(m
     assert seen == {torch.bfloat16 if amp else torch.float32}
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if ".lora_" in name}
+
+
+def test_the_trainer_trains_on_a_quantised_base(make_trainer):
+    trainer = make_trainer("base.quantization=int8", batch_size=STEPS // 2)
+    weight = trainer.model.module.backbone.vision_backbone.trunk.blocks[0].attn.qkv.base_layer.weight
+    before = weight.qdata.clone()
+    trainer.run()
+    assert torch.equal(weight.qdata, before)
+    assert all(p.any() for name, p in trainer.model.named_parameters() if ".lora_B." in name)

@@ -79,7 +79,8 @@ def _called(
         for name, linear in linears.items()
     ]
     first = next(iter(linears.values()))
-    row = first.weight.new_zeros(1, first.in_features)
+    dtype = first.weight.dtype if first.weight.is_floating_point() else torch.float32  # it may be quantised
+    row = torch.zeros(1, first.in_features, dtype=dtype, device=first.weight.device)
     try:
         with torch.random.fork_rng([row.device] if row.is_cuda else []), torch.set_grad_enabled(gradients):
             mlp(row)

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of the module tree with all parameters on the meta device."""
-    return copy_model(model, _on_meta)
+    """Return a copy of the module tree with all parameters on the meta device, and plain Linears for quantised ones."""
+    twin = copy_model(model, _on_meta)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and is_quantised(weight):
+            twin.set_submodule(name, _plain_linear(module))
+    return twin
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a weight is held in a class of its own, as bitsandbytes and torchao do."""
+    return type(weight) not in (nn.Parameter, torch.Tensor)
+
+
+def _plain_linear(module: Any) -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
 
 
 def copy_model(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
@@ -38,6 +54,8 @@ def copy_model(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Paramete
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    if is_quantised(parameter):
+        return nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
 
 

@@ -22,6 +22,7 @@ from sam3_lora.adapter.layers import (
     adapter_tensors,
     base_parameters,
     config_of,
+    fingerprint_of,
     inner_model,
     origin_of,
     refuse_adapted,
@@ -133,7 +134,7 @@ def load_adapter(
     refuse_adapted(model)
     refuse_outer_model([name for name, _ in model.named_modules()])
     saved = _read_adapter(Path(folder))
-    config, fingerprint = saved.config, base_fingerprint(model.named_parameters())
+    config, fingerprint = saved.config, fingerprint_of(model)
     config.inference_mode = not is_trainable
     recorded_base = config.base_model_name_or_path
     _refuse_misfits(saved, model, adapter_name, fingerprint)

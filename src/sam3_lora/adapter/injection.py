@@ -17,6 +17,7 @@ from sam3_lora.adapter.copies import without_weights
 from sam3_lora.adapter.layers import (
     Origin,
     adapter_tensors,
+    fingerprint_of,
     inner_model,
     refuse_adapted,
     remember_origin,
@@ -25,7 +26,6 @@ from sam3_lora.adapter.layers import (
 )
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
-from sam3_lora.fingerprint import base_fingerprint
 from sam3_lora.liveness import refuse_uncalled
 from sam3_lora.plan import Plan, make_plan
 from sam3_lora.presets import Preset, get_preset
@@ -70,7 +70,7 @@ def get_peft_sam3(
 
     if "base_model_name_or_path" in plan.lora_config:
         model.name_or_path = plan.lora_config["base_model_name_or_path"]
-    origin = Origin(base_fingerprint(model.named_parameters()))  # now: PiSSA and its like change the base
+    origin = Origin(fingerprint_of(model))  # now: PiSSA and its like change the base
     adapted = wrap(split_attention(model), _lora_config(plan), adapter_name)
     _check_wrapped(adapted, adapter_name, plan)
     remember_origin(adapted, adapter_name, origin)

@@ -14,12 +14,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from sam3_lora.errors import AdapterError
+from sam3_lora.fingerprint import base_fingerprint
 from sam3_lora.plan import Strength
 
 PREFIX = "base_model.model."  # of every key in PEFT's file format
 
 _BASE_CHILDREN = ("base_layer.", "original_module.")
 _ORIGINS = "_sam3_lora_origins"
+_FINGERPRINT = "_sam3_lora_fingerprint"
 
 
 class ParameterCount(NamedTuple):
@@ -123,6 +125,17 @@ def base_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
         elif (own := name.removeprefix(f"{owner}.")).startswith(_BASE_CHILDREN):
             yield f"{owner}.{own.partition('.')[2]}", parameter
+
+
+def remember_fingerprint(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
+    """Keep the fingerprint of a base whose weights are about to change their form."""
+    setattr(inner_model(model), _FINGERPRINT, dict(fingerprint))
+
+
+def fingerprint_of(model: nn.Module) -> Mapping[str, str]:
+    """Return the fingerprint of a base without adapters: the one that it remembers, or that of its weights."""
+    remembered: Mapping[str, str] | None = getattr(model, _FINGERPRINT, None)
+    return base_fingerprint(model.named_parameters()) if remembered is None else remembered
 
 
 def remember_origin(model: nn.Module, adapter_name: str, origin: Origin) -> None:

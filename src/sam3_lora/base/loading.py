@@ -9,6 +9,7 @@ import torch
 from sam3_lora.base import official, tiny
 from sam3_lora.base.checkpoint import DEFAULT, find_checkpoint
 from sam3_lora.base.cpu import enable_cpu_training
+from sam3_lora.base.quantization import quantize_base
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (the modules above stand in for triton)
 
@@ -19,6 +20,7 @@ def load_base(
     device: str | torch.device | None = None,
     eval_mode: bool = True,
     enable_segmentation: bool = True,
+    quantization: str | None = None,
 ) -> Sam3Image:
     """Return a SAM3 image model of the official class ``Sam3Image``, fp32, without adapters.
 
@@ -29,9 +31,12 @@ def load_base(
         eval_mode: ``False`` returns it in training mode. The full-size model has the matcher that training needs
             only then.
         enable_segmentation: Build the segmentation head. The tiny model always has it.
+        quantization: Hold the Linears of both encoders in 8 or 4 bits: ``int8``, ``bnb-8bit`` or ``bnb-4bit``, see
+            :func:`sam3_lora.base.quantization.quantize_base`. They must stay frozen.
 
     Raises:
         CheckpointError: If the weights cannot be had; says how to get them.
+        ConfigError: If the quantization is unknown or its package is missing.
     """
     name = str(base)
     checkpoint = find_checkpoint(name)
@@ -43,4 +48,5 @@ def load_base(
     else:
         model = official.load_official_sam3(checkpoint, eval_mode, enable_segmentation)
     model.name_or_path = name  # PEFT writes it into adapter_config.json
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model if quantization is None else quantize_base(model, quantization)

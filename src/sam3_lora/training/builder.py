@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
 from sam3_lora.adapter import get_peft_sam3, load_adapter
+from sam3_lora.adapter.copies import is_quantised
 from sam3_lora.base.checkpoint import DEFAULT
 from sam3_lora.base.loading import load_base
 
@@ -19,6 +24,7 @@ def build_sam3_lora_model(
     adapter_path: str | None = None,
     enable_segmentation: bool = True,
     eval_mode: bool = False,
+    quantization: str | None = None,
 ) -> Sam3Image:
     """Return a base with LoRA injected, on the CPU, for the official trainer, which moves it.
 
@@ -32,8 +38,28 @@ def build_sam3_lora_model(
         adapter_path: Folder of a saved adapter to start from; ``preset`` and ``overrides`` are then not used.
         enable_segmentation: Build the segmentation head.
         eval_mode: Return the model in eval mode.
+        quantization: As for :func:`sam3_lora.load_base`. The model is then on the GPU of this process already.
     """
-    model = load_base(base, device="cpu", eval_mode=eval_mode, enable_segmentation=enable_segmentation)
+    # Quantised weights are made where they stay.
+    on_gpu = quantization is not None and torch.cuda.is_available()
+    model = load_base(
+        base,
+        device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu",
+        eval_mode=eval_mode,
+        enable_segmentation=enable_segmentation,
+        quantization=quantization,
+    )
     if adapter_path is not None:
-        return load_adapter(model, adapter_path, is_trainable=not eval_mode).get_base_model()
-    return get_peft_sam3(model, preset=preset, **(overrides or {})).get_base_model()
+        adapted = load_adapter(model, adapter_path, is_trainable=not eval_mode)
+    else:
+        adapted = get_peft_sam3(model, preset=preset, **(overrides or {}))
+    inner: Sam3Image = adapted.get_base_model()
+    _keep_from_ddp(inner)
+    return inner
+
+
+def _keep_from_ddp(model: Sam3Image) -> None:
+    """Tell DistributedDataParallel to leave quantised weights alone: it would view them as plain tensors to compare the
+    processes, which all make the same."""
+    names = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
