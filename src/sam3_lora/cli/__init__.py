@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -73,10 +74,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def _quiet_imports() -> Iterator[None]:
-    """Hide what torch and sam3 warn about when they are imported, which no user can change; -W shows it again."""
+    """Hide what torch, sam3 and packages that PEFT looks for warn about when they are imported; -W shows it again."""
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=r"(torch|sam3)\.")
+            for name in (
+                "torch.utils._pytree",
+                "bitsandbytes",
+            ):  # torchao and bitsandbytes, where they are installed
+                logging.getLogger(name).setLevel(logging.ERROR)
         yield
 
 
