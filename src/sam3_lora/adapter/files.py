@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sam3_lora.adapter.conversion import as_plain_lora, plain_strength
 from sam3_lora.adapter.copies import cloned, copy_model, in_same_memory, without_weights
 from sam3_lora.adapter.injection import INIT_FROM_WEIGHTS, try_on, wrap
 from sam3_lora.adapter.layers import (
@@ -96,6 +97,8 @@ def save_adapter(
         for name, tensor in adapter_tensors(inner, adapter_name).items()
     }
     origin = _origin(inner, adapter_name, config, prompts, training)
+    if origin.initial:
+        config, tensors = as_plain_lora(config, tensors, origin.initial)
     made_for = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__}
     folder = Path(folder)
     _refuse_to_replace(folder)
@@ -104,7 +107,7 @@ def save_adapter(
         config.save_pretrained(str(new), auto_mapping_dict=made_for)
         record = _record(inner, adapter_name, origin, tensors, new)
         (new / RECORD_FILE).write_text(record.as_json(), encoding="utf-8")
-        (new / CARD_FILE).write_text(_card(inner, adapter_name, record), encoding="utf-8")
+        (new / CARD_FILE).write_text(_card(inner, adapter_name, config, record), encoding="utf-8")
         for file in new.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
     return folder
@@ -298,6 +301,7 @@ def _origin(
         origin.base_fingerprint,
         origin.prompts if prompts is None else tuple(prompts),
         origin.training if training is None else dict(training),
+        origin.initial,
     )
 
 
@@ -318,10 +322,8 @@ def _record(
     )
 
 
-def _card(inner: nn.Module, adapter_name: str, record: AdapterRecord) -> str:
-    return model_card(
-        base_model=record.base,
-        preset=record.preset,
-        modules=strengths_of(inner, adapter_name),
-        parameters=record.parameters,
-    )
+def _card(inner: nn.Module, adapter_name: str, config: LoraConfig, record: AdapterRecord) -> str:
+    modules = strengths_of(inner, adapter_name)
+    if config.r != config_of(inner, adapter_name).r:  # converted
+        modules = {name: plain_strength(strength, config.use_rslora) for name, strength in modules.items()}
+    return model_card(record.base, record.preset, modules, record.parameters)

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
+from sam3_lora.adapter.conversion import start_changes_base
 from sam3_lora.adapter.copies import without_weights
 from sam3_lora.adapter.layers import (
     Origin,
     adapter_tensors,
+    config_of,
     fingerprint_of,
     inner_model,
     refuse_adapted,
@@ -73,8 +75,17 @@ def get_peft_sam3(
     origin = Origin(fingerprint_of(model))  # now: PiSSA and its like change the base
     adapted = wrap(split_attention(model), _lora_config(plan), adapter_name)
     _check_wrapped(adapted, adapter_name, plan)
-    remember_origin(adapted, adapter_name, origin)
+    remember_origin(
+        adapted, adapter_name, dataclasses.replace(origin, initial=_initial(adapted, adapter_name))
+    )
     return adapted
+
+
+def _initial(adapted: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return a copy of the adapter's tensors if its start changed the base, which saving must undo."""
+    if not start_changes_base(config_of(inner_model(adapted), adapter_name)):
+        return {}
+    return {name: t.detach().cpu().clone() for name, t in adapter_tensors(adapted, adapter_name).items()}
 
 
 def _one_of_each_kind(model: nn.Module, plan: Plan) -> Plan:

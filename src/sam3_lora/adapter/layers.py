@@ -33,11 +33,13 @@ class ParameterCount(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapted model remembers of one adapter for its record: the base before it, and what it was trained on."""
+    """What an adapted model remembers of one adapter: the base before it, what it was trained on, and its tensors at the
+    start, if that changed the base."""
 
     base_fingerprint: Mapping[str, str]
     prompts: Sequence[str] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
