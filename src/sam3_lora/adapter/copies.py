@@ -14,7 +14,7 @@ def without_weights(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree with all parameters on the meta device, and plain Linears for quantised ones."""
     twin = copy_model(model, _on_meta)
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = None if isinstance(module, torch.jit.ScriptModule) else module._parameters.get("weight")
         if weight is not None and is_quantised(weight):
             twin.set_submodule(name, _plain_linear(module))
     return twin
