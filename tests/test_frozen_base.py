@@ -61,3 +61,24 @@ def test_the_trainer_trains_on_a_quantised_base(make_trainer):
     trainer.run()
     assert torch.equal(weight.qdata, before)
     assert all(p.any() for name, p in trainer.model.named_parameters() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize(("ratio", "rates"), [("null", {0.01: ""}), (16, {0.01: "lora_A", 0.16: "lora_B"})])
+def test_lora_plus_gives_b_its_own_rate(make_trainer, ratio, rates):
+    trainer = make_trainer(lora_plus_ratio=ratio)
+    groups = trainer.optim.optimizer.param_groups
+    trainer.optim.step_schedulers(0.0, step=0)
+    names = {id(p): name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    found = {}
+    for group in groups:
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                found.setdefault(round(group["lr"], 6), set()).add(names[id(parameter)])
+    assert found.keys() == rates.keys()
+    assert all(word in name for rate, word in rates.items() for name in found[rate])
+    assert sum(map(len, found.values())) == len(names)
+
+
+def test_a_ratio_below_one_is_refused(make_trainer):
+    with pytest.raises(Exception, match=r"lora_plus_ratio must be a number of 1 or more, got 0\.5"):
+        make_trainer(lora_plus_ratio=0.5)

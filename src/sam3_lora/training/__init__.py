@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.data import collate_fn as collate_fn
     from sam3_lora.training.data import render_demo_dataset as render_demo_dataset
+    from sam3_lora.training.optimizer import lora_plus as lora_plus
     from sam3_lora.training.trainer import LoraTrainer as LoraTrainer
 
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
@@ -16,10 +17,11 @@ _MODULES = {
     "LoraTrainer": "trainer",
     "build_sam3_lora_model": "builder",
     "collate_fn": "data",
+    "lora_plus": "optimizer",
     "render_demo_dataset": "data",
 }
 
-__all__ = ["LoraTrainer", "build_sam3_lora_model", "collate_fn", "render_demo_dataset"]
+__all__ = ["LoraTrainer", "build_sam3_lora_model", "collate_fn", "lora_plus", "render_demo_dataset"]
 
 
 def __getattr__(name: str) -> Any:
