@@ -339,6 +339,20 @@ def test_an_adapter_that_starts_from_the_weights_keeps_the_output(base, init):
         ),
         pytest.param("full", {"lora_alpha": float("nan")}, ConfigError, "got nan", id="alpha nan"),
         pytest.param("full", {"bias": "some"}, ConfigError, "PEFT refuses these settings", id="bias"),
+        pytest.param(
+            "full",
+            {"components": "segmentation_head", "kinds": ["mlp", "conv"], "init_lora_weights": "pissa"},
+            ConfigError,
+            "segmentation_head.pixel_decoder.conv_layers.0: is no Linear; leave out kind 'conv'",
+            id="PiSSA on a convolution",
+        ),
+        pytest.param(
+            "full",
+            {"components": "detr_decoder", "kinds": "heads", "init_lora_weights": "olora", "r": 2},
+            ConfigError,
+            "presence_token_head.layers.2: r = 2 is more than its smaller side, 1",
+            id="OLoRA on a layer with one output",
+        ),
         pytest.param("full", {"lora_dropout": 2.0}, ConfigError, "PEFT refuses these settings", id="dropout"),
         pytest.param(
             "full", {"init_lora_weights": "zero"}, ConfigError, "PEFT refuses these settings", id="init"

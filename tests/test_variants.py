@@ -1,6 +1,8 @@
 """Variants of LoRA: two training steps, save, reload on an untouched base, merge."""
 
+import importlib
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -118,3 +120,11 @@ def test_an_adapter_that_is_trained_further_keeps_its_conversion(tmp_path):
     assert_close(forward(load_adapter(untouched(), save_adapter(again, tmp_path / "second"))), expected)
     record = json.loads((tmp_path / "second" / "sam3_lora.json").read_text())
     assert record["parameters"] == 2 * 52_224
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_table_in_the_docs_is_what_trying_gives(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    table = importlib.import_module("methods_table")
+    assert table.PAGE.read_text(encoding="utf-8") == table.page()

@@ -66,6 +66,7 @@ def get_peft_sam3(
     preset = get_preset(preset) if isinstance(preset, str) else preset
     trial = split_attention(without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
+    _refuse_start(trial, plan)
     sample = _one_of_each_kind(trial, plan)
     _check_wrapped(try_on(trial, _lora_config(sample), adapter_name), adapter_name, sample)
     refuse_uncalled(model, plan.modules)
@@ -79,6 +80,26 @@ def get_peft_sam3(
         adapted, adapter_name, dataclasses.replace(origin, initial=_initial(adapted, adapter_name))
     )
     return adapted
+
+
+def _refuse_start(model: nn.Module, plan: Plan) -> None:
+    """Raise if the adapter is to start from weights, and PEFT cannot take those apart; the trial has none to try it on."""
+    start = plan.lora_config.get("init_lora_weights")
+    if not str(start).startswith(INIT_FROM_WEIGHTS):
+        return
+    problems = []
+    for name, strength in plan.modules.items():
+        module: Any = model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            problems.append(f"{name}: is no Linear; leave out kind 'conv'")
+        elif strength.r > min(module.weight.shape):
+            problems.append(
+                f"{name}: r = {strength.r} is more than its smaller side, {min(module.weight.shape)}"
+            )
+    if problems:
+        raise ConfigError(
+            f"init_lora_weights={start!r} cannot start from these weights: {as_report(problems)}"
+        )
 
 
 def _initial(adapted: PeftModel, adapter_name: str) -> dict[str, Tensor]:
