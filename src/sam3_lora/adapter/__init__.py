@@ -15,19 +15,39 @@ from sam3_lora.adapter.files import (
 )
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
+from sam3_lora.adapter.several import (
+    active_adapters,
+    acts_inside,
+    adapter_names,
+    delete_adapter,
+    disable_adapter,
+    set_adapter,
+    unload,
+    use_adapter,
+)
+from sam3_lora.adapter.wrapper import BASE
 
 __all__ = [
     "ADAPTER_FILES",
+    "BASE",
     "CARD_FILE",
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "ParameterCount",
+    "active_adapters",
+    "acts_inside",
     "adapted_modules",
+    "adapter_names",
     "count_parameters",
+    "delete_adapter",
+    "disable_adapter",
     "get_peft_sam3",
     "inner_model",
     "load_adapter",
     "load_adapter_beside",
     "recorded_base",
     "save_adapter",
+    "set_adapter",
+    "unload",
+    "use_adapter",
 ]

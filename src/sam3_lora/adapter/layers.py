@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,8 +97,8 @@ def adapter_layers(inner: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 def adapter_parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
     """Return the tensors of an adapter in one layer by their names in it, such as ``lora_A.default.weight``."""
-    inside = tuple(f"{container}.{adapter_name}" for container in layer.adapter_layer_names)
-    return {n: p for n, p in layer.named_parameters() if n.startswith(inside)}
+    inside = tuple(f"{container}.{adapter_name}." for container in layer.adapter_layer_names)
+    return {n: p for n, p in layer.named_parameters() if f"{n}.".startswith(inside)}
 
 
 def set_weight_change(layer: Any, adapter_name: str, size: float, generator: torch.Generator) -> None:
@@ -128,6 +128,11 @@ def base_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def remember_origin(model: nn.Module, adapter_name: str, origin: Origin) -> None:
     inner = inner_model(model)
     setattr(inner, _ORIGINS, {**getattr(inner, _ORIGINS, {}), adapter_name: origin})
+
+
+def forget_origins(inner: nn.Module, adapter_names: Collection[str]) -> None:
+    kept = {name: o for name, o in getattr(inner, _ORIGINS, {}).items() if name not in adapter_names}
+    setattr(inner, _ORIGINS, kept)
 
 
 def origin_of(inner: nn.Module, adapter_name: str) -> Origin | None:
