@@ -15,6 +15,7 @@ from sam3_lora.adapter import (
     active_adapters,
     adapted_modules,
     adapter_names,
+    combine_adapters,
     count_parameters,
     delete_adapter,
     disable_adapter,
@@ -27,7 +28,7 @@ from sam3_lora.adapter import (
 )
 from sam3_lora.attention import split_attention
 from sam3_lora.base.tiny import build_tiny_sam3
-from sam3_lora.errors import AdapterError
+from sam3_lora.errors import AdapterError, ConfigError
 
 torch.set_num_threads(1)
 
@@ -298,6 +299,7 @@ def test_a_load_that_breaks_off_takes_the_adapter_out_again(loaded, base, folder
         pytest.param(lambda model, folder: set_adapter(model, "cracks"), id="switch"),
         pytest.param(lambda model, folder: delete_adapter(model, "rust"), id="delete"),
         pytest.param(lambda model, folder: unload(model), id="unload"),
+        pytest.param(lambda model, folder: combine_adapters(model, {"cracks": 1}, "new"), id="combine"),
         pytest.param(lambda model, folder: disable_adapter(model).__enter__(), id="disable"),
         pytest.param(lambda model, folder: use_adapter(model, "rust").__enter__(), id="use"),
     ],
@@ -453,3 +455,141 @@ def test_unloading_gives_the_base_back_for_another_start(loaded, base, alone):
     assert adapted_modules(base) == adapter_names(base) == []
     assert_same(forward(base), alone("base"))
     assert adapted_modules(get_peft_sam3(base, "minimal"))
+
+
+# --- Combination ---
+
+
+def changes(model, name):
+    """Return the change of every weight by an adapter, as explicit arithmetic."""
+    found = {}
+    for module in adapted_modules(model):
+        layer = model.get_submodule(module)
+        if name in layer.r:
+            a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+            scaling = layer.lora_alpha[name] / layer.r[name]
+            found[module] = (scaling * (b.flatten(1) @ a.flatten(1))).detach()
+    return found
+
+
+def weighted_sum(model, weights):
+    total = {}
+    for name, weight in weights.items():
+        for module, change in changes(model, name).items():
+            total[module] = total.get(module, 0) + weight * change
+    return total
+
+
+COMBINED = [
+    pytest.param({"cracks": 0.7, "rust": 0.3}, id="same ranks"),
+    pytest.param({"cracks": 0.7, "thin": -1.5}, id="other ranks, and a negative weight"),
+    pytest.param({"cracks": 0.5, "words": 2, "steep": 1}, id="other modules, and patterns of r and alpha"),
+    pytest.param({"rust": 2.0}, id="one alone"),
+]
+
+
+@pytest.mark.parametrize("weights", COMBINED)
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_a_combination_is_the_weighted_sum_of_the_changes(loaded, base, weights, way):
+    loaded(*weights)
+    highest = {"svd_rank": 64} if way == "svd" and len(weights) > 1 else {}
+    combine_adapters(base, weights, "mixed", way, **highest)
+    expected, found = weighted_sum(base, weights), changes(base, "mixed")
+    assert found.keys() == expected.keys()
+    for module, change in expected.items():
+        torch.testing.assert_close(found[module], change, rtol=0, atol=1e-5 * float(change.abs().max()))
+
+
+def test_a_linear_combination_adds_a_and_b_each_on_their_own(loaded, base):
+    loaded("cracks", "rust")
+    combine_adapters(base, {"cracks": 0.7, "rust": -0.3}, "mixed", "linear")
+    for module in adapted_modules(base):
+        layer = base.get_submodule(module)
+        for tensors, signs in ((layer.lora_A, (1, -1)), (layer.lora_B, (1, 1))):
+            parts = [
+                sign * (abs(weight) * layer.scaling[name]) ** 0.5 * tensors[name].weight
+                for name, weight, sign in zip(("cracks", "rust"), (0.7, -0.3), signs, strict=True)
+            ]
+            torch.testing.assert_close(tensors["mixed"].weight, sum(parts))
+
+
+def test_an_svd_of_the_rank_of_one_is_the_best_of_that_rank(loaded, base):
+    loaded("cracks", "rust")
+    combine_adapters(base, {"cracks": 0.7, "rust": 0.3}, "mixed", "svd")
+    found = changes(base, "mixed")
+    for module, change in weighted_sum(base, {"cracks": 0.7, "rust": 0.3}).items():
+        r = base.get_submodule(module).r["mixed"]
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        best = u[:, :r] @ torch.diag(s[:r]) @ v[:r]
+        torch.testing.assert_close(found[module], best, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["cat", "svd", "linear"])
+def test_a_combination_is_saved_and_loaded_as_any_adapter(loaded, base, pristine, tmp_path, way):
+    adapted = loaded("cracks", "rust")
+    combine_adapters(base, {"cracks": 0.7, "rust": 0.3}, "mixed", way)
+    assert active_adapters(base) == ["cracks"]
+    assert count_parameters(base).trainable == 0
+    set_adapter(base, "mixed")
+    save_adapter(adapted, tmp_path / "mixed", adapter_name="mixed")
+    assert_same(forward(load_adapter(fresh_copy(pristine), tmp_path / "mixed")), forward(base))
+    plain = peft.PeftModel.from_pretrained(split_attention(fresh_copy(pristine)), tmp_path / "mixed")
+    assert_same(forward(plain), forward(base))
+    record = json.loads((tmp_path / "mixed" / "sam3_lora.json").read_text())
+    assert record["prompts"] == ["a cracks", "a rust"]
+    assert record["training"]["combined"]["weights"] == {"cracks": 0.7, "rust": 0.3}
+
+
+def test_a_combination_has_in_each_module_the_rank_that_it_needs(loaded, base):
+    loaded("cracks", "rust", "words")
+    combine_adapters(base, {"cracks": 1, "rust": 1}, "mixed", "cat")
+    layers = [base.get_submodule(name) for name in adapted_modules(base)]
+    ranks = [(layer.r["cracks"], layer.r["mixed"]) for layer in layers if "mixed" in layer.r]
+    assert set(ranks) == {(8, 16), (16, 32)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "error", "problem"),
+    [
+        pytest.param(
+            {"cracks": 1, "thin": 1},
+            {"combination_type": "linear"},
+            AdapterError,
+            "'linear' needs the same r everywhere, and 68 of 68 modules differ, such as backbone",
+            id="linear, ranks",
+        ),
+        pytest.param(
+            {"steep": 1, "plain": 1},
+            {"combination_type": "linear"},
+            AdapterError,
+            "1 of 42 modules differ, such as transformer.decoder.layers.0.linear1: r is 2 in 'steep', 8 in 'plain'",
+            id="linear, a pattern",
+        ),
+        pytest.param(
+            {"dora": 1, "whole": 1, "stable": 1},
+            {},
+            AdapterError,
+            "3 problems:\n  'dora' has use_dora=True",
+            id="DoRA",
+        ),
+        pytest.param({"cracks": 1, "x": 1}, {}, AdapterError, "no adapter 'x'", id="unknown"),
+        pytest.param({"cracks": 1}, {"adapter_name": "thin"}, AdapterError, "'thin' already", id="taken"),
+        pytest.param(
+            {"cracks": float("nan"), "thin": True},
+            {"combination_type": "lineal", "svd_rank": 3},
+            ConfigError,
+            "4 problems:\n  combination_type 'lineal' is none of linear, cat, svd; did you mean 'linear'?",
+            id="numbers",
+        ),
+        pytest.param({}, {}, ConfigError, "no adapter; name at least one", id="none"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(
+    loaded, base, weights, options, error, problem
+):
+    loaded("cracks", "thin", "steep", "plain", "dora", "whole", "stable")
+    before = state_of(base)
+    with pytest.raises(error) as raised:
+        combine_adapters(base, weights, **{"adapter_name": "new", **options})
+    assert problem in str(raised.value)
+    assert_unchanged(base, before)

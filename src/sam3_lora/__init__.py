@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sam3_lora.adapter import active_adapters as active_adapters
     from sam3_lora.adapter import adapted_modules as adapted_modules
     from sam3_lora.adapter import adapter_names as adapter_names
+    from sam3_lora.adapter import combine_adapters as combine_adapters
     from sam3_lora.adapter import count_parameters as count_parameters
     from sam3_lora.adapter import delete_adapter as delete_adapter
     from sam3_lora.adapter import disable_adapter as disable_adapter
@@ -68,6 +69,7 @@ _MODULES = {
     "adapter_names": "adapter",
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
+    "combine_adapters": "adapter",
     "count_parameters": "adapter",
     "delete_adapter": "adapter",
     "disable_adapter": "adapter",

@@ -3,6 +3,7 @@
 The only room that calls PEFT.
 """
 
+from sam3_lora.adapter.combination import combine_adapters
 from sam3_lora.adapter.files import (
     ADAPTER_FILES,
     CARD_FILE,
@@ -38,6 +39,7 @@ __all__ = [
     "acts_inside",
     "adapted_modules",
     "adapter_names",
+    "combine_adapters",
     "count_parameters",
     "delete_adapter",
     "disable_adapter",
