@@ -22,6 +22,7 @@ from sam3_lora.adapter import (
     get_peft_sam3,
     load_adapter,
     save_adapter,
+    scale_adapter,
     set_adapter,
     unload,
     use_adapter,
@@ -300,6 +301,7 @@ def test_a_load_that_breaks_off_takes_the_adapter_out_again(loaded, base, folder
         pytest.param(lambda model, folder: delete_adapter(model, "rust"), id="delete"),
         pytest.param(lambda model, folder: unload(model), id="unload"),
         pytest.param(lambda model, folder: combine_adapters(model, {"cracks": 1}, "new"), id="combine"),
+        pytest.param(lambda model, folder: scale_adapter(model, 0.5), id="scale"),
         pytest.param(lambda model, folder: disable_adapter(model).__enter__(), id="disable"),
         pytest.param(lambda model, folder: use_adapter(model, "rust").__enter__(), id="use"),
     ],
@@ -593,3 +595,50 @@ def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(
         combine_adapters(base, weights, **{"adapter_name": "new", **options})
     assert problem in str(raised.value)
     assert_unchanged(base, before)
+
+
+# --- Strength ---
+
+
+def test_a_component_is_scaled_by_a_factor_of_its_change(loaded, base, pristine):
+    loaded("cracks")
+    scale_adapter(base, {"vision_encoder": 1.0, "text_encoder": 0.3})
+    by_hand = split_attention(fresh_copy(pristine))
+    with torch.no_grad():
+        for module, change in changes(base, "cracks").items():
+            factor = 0.3 if module.startswith("backbone.language_backbone") else 1
+            by_hand.get_submodule(module).weight += factor * change
+    assert_close(forward(base), forward(by_hand))
+
+
+@pytest.mark.parametrize("kind", ["cracks", "steep", "stable", "dora"])
+def test_scale_one_gives_the_bits_back_and_zero_the_base(loaded, base, alone, kind):
+    loaded(kind)
+    for scale in (0.3, 7, 0.0):
+        scale_adapter(base, scale)
+        assert differs(forward(base), alone(kind))
+    if kind != "dora":
+        assert_close(forward(base), alone("base"))
+    scale_adapter(base, {"detr_decoder": 1.0})
+    scale_adapter(base, 1)
+    assert_same(forward(base), alone(kind))
+
+
+def test_the_scale_of_one_adapter_leaves_the_others(loaded, base, alone):
+    loaded("cracks", "rust")
+    scale_adapter(base, 0.5, "rust")
+    assert_same(forward(base), alone("cracks"))
+    set_adapter(base, "rust")
+    assert differs(forward(base), alone("rust"))
+
+
+def test_all_that_is_wrong_with_scales_comes_at_once(loaded, base, alone):
+    loaded("words")
+    with pytest.raises(ConfigError) as raised:
+        scale_adapter(base, {"text_encodr": 1, "scoring": 0.5, "text_encoder": "much"})
+    assert str(raised.value) == (
+        "3 problems:\n  no component 'text_encodr'; did you mean 'text_encoder'?\n"
+        "  adapter 'words' is not on scoring, only on text_encoder\n"
+        "  the scale of text_encoder must be a number, got 'much'"
+    )
+    assert_same(forward(base), alone("words"))

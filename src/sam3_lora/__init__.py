@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sam3_lora.adapter import get_peft_sam3 as get_peft_sam3
     from sam3_lora.adapter import load_adapter as load_adapter
     from sam3_lora.adapter import save_adapter as save_adapter
+    from sam3_lora.adapter import scale_adapter as scale_adapter
     from sam3_lora.adapter import set_adapter as set_adapter
     from sam3_lora.adapter import unload as unload
     from sam3_lora.adapter import use_adapter as use_adapter
@@ -84,6 +85,7 @@ _MODULES = {
     "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",
+    "scale_adapter": "adapter",
     "set_adapter": "adapter",
     "split_attention": "attention",
     "train": "finetune",

@@ -16,6 +16,7 @@ from sam3_lora.adapter.files import (
 )
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
+from sam3_lora.adapter.scaling import scale_adapter
 from sam3_lora.adapter.several import (
     active_adapters,
     acts_inside,
@@ -49,6 +50,7 @@ __all__ = [
     "load_adapter_beside",
     "recorded_base",
     "save_adapter",
+    "scale_adapter",
     "set_adapter",
     "unload",
     "use_adapter",
