@@ -20,7 +20,9 @@ from sam3_lora.adapter import (
     delete_adapter,
     disable_adapter,
     get_peft_sam3,
+    hotswap_adapter,
     load_adapter,
+    prepare_hotswap,
     save_adapter,
     scale_adapter,
     set_adapter,
@@ -300,6 +302,7 @@ def test_a_load_that_breaks_off_takes_the_adapter_out_again(loaded, base, folder
         pytest.param(lambda model, folder: set_adapter(model, "cracks"), id="switch"),
         pytest.param(lambda model, folder: delete_adapter(model, "rust"), id="delete"),
         pytest.param(lambda model, folder: unload(model), id="unload"),
+        pytest.param(lambda model, folder: hotswap_adapter(model, folder("rust"), "cracks"), id="hot swap"),
         pytest.param(lambda model, folder: combine_adapters(model, {"cracks": 1}, "new"), id="combine"),
         pytest.param(lambda model, folder: scale_adapter(model, 0.5), id="scale"),
         pytest.param(lambda model, folder: disable_adapter(model).__enter__(), id="disable"),
@@ -642,3 +645,146 @@ def test_all_that_is_wrong_with_scales_comes_at_once(loaded, base, alone):
         "  the scale of text_encoder must be a number, got 'much'"
     )
     assert_same(forward(base), alone("words"))
+
+
+# --- Hot swap ---
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_hot_swap_gives_the_outputs_of_the_other_adapter_in_the_same_tensors(
+    loaded, base, folder, alone, prepared
+):
+    loaded("cracks", "words")
+    if prepared:
+        prepare_hotswap(base, 20)
+    places = [p.data_ptr() for p in base.parameters()]
+    for kind in ("rust", "thin", "cracks"):
+        hotswap_adapter(base, folder(kind), "cracks")
+        assert_close(forward(base), alone(kind))
+    assert [p.data_ptr() for p in base.parameters()] == places
+    set_adapter(base, "words")
+    assert_close(forward(base), alone("words"))
+
+
+def test_a_hot_swap_leaves_adapters_whose_names_contain_its_own(base, folder, alone):
+    load_adapter(base, folder("words"), "x")
+    load_adapter(base, folder("cracks"), "x_large")
+    load_adapter(base, folder("thin"), "extra")
+    hotswap_adapter(base, folder("words"), "x")
+    set_adapter(base, "x_large")
+    assert_same(forward(base), alone("cracks"))
+    set_adapter(base, "extra")
+    assert_same(forward(base), alone("thin"))
+
+
+def test_a_hot_swap_brings_the_ranks_and_alphas_of_each_module(loaded, base, folder, alone, tmp_path):
+    adapted = loaded("plain")
+    hotswap_adapter(base, folder("steep"), "plain")
+    assert_close(forward(base), alone("steep"))
+    hotswap_adapter(base, folder("plain"), "plain")
+    assert_same(forward(base), alone("plain"))
+    save_adapter(adapted, tmp_path / "again", adapter_name="plain")
+    first, again = (
+        json.loads((f / "sam3_lora.json").read_text()) for f in (folder("plain"), tmp_path / "again")
+    )
+    assert first == again
+
+
+def test_a_padded_adapter_is_not_saved(loaded, base, folder, tmp_path):
+    loaded("cracks")
+    prepare_hotswap(base, 20)
+    with pytest.raises(AdapterError, match="padded to a higher rank"):
+        save_adapter(base, tmp_path / "padded", adapter_name="cracks")
+    assert not (tmp_path / "padded").exists()
+
+
+def test_a_prepared_adapter_is_scaled_in_place(loaded, base, alone):
+    loaded("cracks")
+    prepare_hotswap(base, 16)
+    layer = base.get_submodule(adapted_modules(base)[0])
+    scaling = layer.scaling["cracks"]
+    before = forward(base)
+    scale_adapter(base, 0.5)
+    assert layer.scaling["cracks"] is scaling
+    assert differs(forward(base), before)
+    scale_adapter(base, 1)
+    assert_same(forward(base), before)
+
+
+@pytest.mark.parametrize(
+    ("there", "new", "problem"),
+    [
+        pytest.param(
+            "cracks", "words", "60 modules are only in the model, such as backbone.vision", id="other modules"
+        ),
+        pytest.param(
+            "thin", "cracks", "r is 8, and there is room for 2; see prepare_hotswap", id="higher rank"
+        ),
+        pytest.param("plain", "dora", "use_dora is False there and True in the file", id="DoRA"),
+        pytest.param("cracks", "biased", "bias='lora_only' changes weights of the base in place", id="bias"),
+    ],
+)
+def test_what_cannot_take_the_place_is_refused_and_leaves_no_trace(loaded, base, folder, there, new, problem):
+    loaded(there)
+    before = state_of(base)
+    with pytest.raises(AdapterError, match=re.escape(problem)):
+        hotswap_adapter(base, folder(new), there)
+    assert_unchanged(base, before)
+
+
+def test_preparing_for_a_rank_below_those_there_is_refused(loaded, base):
+    loaded("cracks")
+    with pytest.raises(
+        AdapterError, match=re.escape("below the rank of adapters that are there: {'cracks': 16}")
+    ):
+        prepare_hotswap(base, 4)
+
+
+@pytest.mark.parametrize("part", ["backbone.language_backbone.encoder.transformer", "dot_prod_scoring"])
+def test_compiled_code_is_not_compiled_again_for_a_hot_swap(part, pristine, tmp_path):
+    model = fresh_copy(pristine)
+    components = {"components": ["text_encoder", "scoring"], "kinds": ["attention", "mlp"]}
+    folders = []
+    for seed, r in enumerate((4, 8)):
+        torch.manual_seed(seed)
+        made = get_peft_sam3(
+            fresh_copy(pristine), "full", **components, r=r, lora_alpha=3, init_lora_weights=False
+        )
+        folders.append(save_adapter(made, tmp_path / str(r)))
+    load_adapter(model, folders[0])
+    prepare_hotswap(model, 8)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    piece = model.get_submodule(part)
+    compiled = torch.compile(piece, backend="eager")
+    inputs = inputs_of(part)
+    with torch.no_grad():
+        compiled(*inputs)
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs
+        for folder in (folders[1], folders[0], folders[1]):
+            hotswap_adapter(model, folder)
+            torch.testing.assert_close(compiled(*inputs), piece(*inputs), rtol=1e-5, atol=1e-6)
+        assert counters["stats"]["unique_graphs"] == graphs
+        fresh = load_adapter(fresh_copy(pristine), folders[1]).get_base_model().get_submodule(part)
+        torch.testing.assert_close(compiled(*inputs), fresh(*inputs), rtol=1e-5, atol=1e-6)
+
+
+def inputs_of(part):
+    torch.manual_seed(2)
+    width = 64
+    if part == "dot_prod_scoring":
+        return torch.randn(1, 1, 5, width), torch.randn(4, 1, width), torch.zeros(1, 4, dtype=torch.bool)
+    return (torch.randn(1, 8, width),)
+
+
+def test_peft_has_no_batch_with_several_adapters_for_this_model(loaded, base):
+    adapted = loaded("cracks", "rust")
+    image = torch.rand(2, 3, 112, 112)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="Length of `adapter_names` should be the same"),
+        adapted.base_model._enable_peft_forward_hooks(adapter_names=["cracks", "rust"]),
+    ):
+        base.backbone.forward_image(image)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from sam3_lora.adapter import delete_adapter as delete_adapter
     from sam3_lora.adapter import disable_adapter as disable_adapter
     from sam3_lora.adapter import get_peft_sam3 as get_peft_sam3
+    from sam3_lora.adapter import hotswap_adapter as hotswap_adapter
     from sam3_lora.adapter import load_adapter as load_adapter
+    from sam3_lora.adapter import prepare_hotswap as prepare_hotswap
     from sam3_lora.adapter import save_adapter as save_adapter
     from sam3_lora.adapter import scale_adapter as scale_adapter
     from sam3_lora.adapter import set_adapter as set_adapter
@@ -79,9 +81,11 @@ _MODULES = {
     "fuse_attention": "attention",
     "get_peft_sam3": "adapter",
     "get_preset": "presets",
+    "hotswap_adapter": "adapter",
     "load_adapter": "adapter",
     "load_base": "base.loading",
     "plan_adapter": "adapter_plan",
+    "prepare_hotswap": "adapter",
     "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",

@@ -14,6 +14,7 @@ from sam3_lora.adapter.files import (
     recorded_base,
     save_adapter,
 )
+from sam3_lora.adapter.hotswap import hotswap_adapter, prepare_hotswap
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
 from sam3_lora.adapter.scaling import scale_adapter
@@ -45,9 +46,11 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "get_peft_sam3",
+    "hotswap_adapter",
     "inner_model",
     "load_adapter",
     "load_adapter_beside",
+    "prepare_hotswap",
     "recorded_base",
     "save_adapter",
     "scale_adapter",
