@@ -8,7 +8,8 @@ from pycocotools import mask as coco_mask
 from sam3.model.sam3_image_processor import Sam3Processor
 
 import sam3_lora
-from sam3_lora.adapter import get_peft_sam3, load_adapter, save_adapter
+from sam3_lora.adapter import active_adapters, get_peft_sam3, load_adapter, save_adapter
+from sam3_lora.attention import split_attention
 from sam3_lora.base.checkpoint import TINY
 from sam3_lora.base.loading import load_base
 from sam3_lora.base.official import build_meta_sam3
@@ -166,6 +167,86 @@ def test_from_adapter_takes_the_base_of_the_adapter(adapter, model):
 def test_a_peft_model_is_taken_for_the_model_inside(adapter):
     peft_model = load_adapter(load_base("tiny", device="cpu"), adapter)
     assert Predictor(peft_model).model is peft_model.get_base_model()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """An adapter that leaves the image features as they are."""
+    adapted = get_peft_sam3(load_base("tiny", device="cpu"), preset="text", init_lora_weights=False)
+    return save_adapter(adapted, tmp_path_factory.mktemp("adapters") / "words")
+
+
+@pytest.fixture
+def several(adapter, words):
+    """A predictor with two adapters, of which the first is active."""
+    base = load_base("tiny", device="cpu")
+    for name, folder in {"mine": adapter, "words": words}.items():
+        load_adapter(base, folder, name)
+    return Predictor(base, threshold=LOW)
+
+
+def assert_same_predictions(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        for name in ("boxes_xyxy", "masks", "scores"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_each_call_names_its_adapter_and_leaves_the_active_one(several, predictor, adapter, words):
+    alone = {
+        "mine": Predictor(load_adapter(load_base("tiny", device="cpu"), adapter), threshold=LOW),
+        "words": Predictor(load_adapter(load_base("tiny", device="cpu"), words), threshold=LOW),
+        "base": predictor,
+    }
+    split_attention(predictor.model)  # or its last bits would be others
+    for name in ("words", "base", "mine", None):
+        expected = alone[name or "mine"].predict(picture(), PROMPTS, BOXES)
+        assert_same_predictions(several.predict(picture(), PROMPTS, BOXES, adapter=name), expected)
+        (found,) = several.predict_images([picture()], PROMPTS, BOXES, adapter=name)
+        assert_same_predictions(found, expected)
+        assert active_adapters(several.model) == ["mine"]
+    together = several.predict_with(picture(), PROMPTS, ["words", "mine", "base"], BOXES)
+    assert list(together) == ["words", "mine", "base"]
+    for name, found in together.items():
+        assert_same_predictions(found, alone[name].predict(picture(), PROMPTS, BOXES))
+
+
+def test_adapters_that_leave_the_image_encoder_alone_share_the_features_of_an_image(several, monkeypatch):
+    calls = []
+    backbone = several.model.backbone
+    real = backbone.forward_image
+    monkeypatch.setattr(
+        backbone, "forward_image", lambda image: calls.append(active_adapters(several.model)) or real(image)
+    )
+    several.predict_with(picture(), PROMPTS, ["base", "words"])
+    assert calls == [[]]
+    calls.clear()
+    several.predict_with(picture(), PROMPTS, ["words", "mine", "base", "mine"])
+    assert calls == [["words"], ["mine"], ["mine"]]
+
+
+def test_the_base_of_a_model_without_adapters_is_the_model(predictor):
+    expected = predictor.predict(picture(), PROMPTS)
+    assert_same_predictions(predictor.predict(picture(), PROMPTS, adapter="base"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        pytest.param("wrods", "this model has no adapter 'wrods'; did you mean 'words'?", id="misspelt"),
+        pytest.param("x", "this model has no adapter 'x'; it has mine, words, base", id="unknown"),
+        pytest.param(
+            ["mine", "words"], "predict image by image for an adapter of its own for each", id="mixed"
+        ),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_reported_with_all_else_that_is_wrong(several, name, problem):
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        several.predict(picture(), [""], adapter=name)
+    assert problem in str(caught.value)
+    with pytest.raises(ConfigError, match="2 problems"):
+        several.predict_images([picture()], [""], adapter=name)
+    with pytest.raises(ConfigError, match="adapters must be a list"):
+        several.predict_with(picture(), PROMPTS, "mine")
 
 
 def test_an_adapter_that_names_no_base_needs_one(adapter, tmp_path):

@@ -11,11 +11,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sam3_lora.adapter import active_adapters as active_adapters
     from sam3_lora.adapter import adapted_modules as adapted_modules
+    from sam3_lora.adapter import adapter_names as adapter_names
+    from sam3_lora.adapter import combine_adapters as combine_adapters
     from sam3_lora.adapter import count_parameters as count_parameters
+    from sam3_lora.adapter import delete_adapter as delete_adapter
+    from sam3_lora.adapter import disable_adapter as disable_adapter
     from sam3_lora.adapter import get_peft_sam3 as get_peft_sam3
+    from sam3_lora.adapter import hotswap_adapter as hotswap_adapter
     from sam3_lora.adapter import load_adapter as load_adapter
+    from sam3_lora.adapter import prepare_hotswap as prepare_hotswap
     from sam3_lora.adapter import save_adapter as save_adapter
+    from sam3_lora.adapter import scale_adapter as scale_adapter
+    from sam3_lora.adapter import set_adapter as set_adapter
+    from sam3_lora.adapter import unload as unload
+    from sam3_lora.adapter import use_adapter as use_adapter
     from sam3_lora.adapter_plan import AdapterPlan as AdapterPlan
     from sam3_lora.adapter_plan import plan_adapter as plan_adapter
     from sam3_lora.attention import fuse_attention as fuse_attention
@@ -56,23 +67,34 @@ _MODULES = {
     "TrainResult": "training.launch",
     "TrainSettings": "training.launch",
     "Verification": "verification",
+    "active_adapters": "adapter",
     "adapted_modules": "adapter",
+    "adapter_names": "adapter",
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
+    "combine_adapters": "adapter",
     "count_parameters": "adapter",
+    "delete_adapter": "adapter",
+    "disable_adapter": "adapter",
     "doctor": "installation",
     "evaluate": "evaluation.compare",
     "fuse_attention": "attention",
     "get_peft_sam3": "adapter",
     "get_preset": "presets",
+    "hotswap_adapter": "adapter",
     "load_adapter": "adapter",
     "load_base": "base.loading",
     "plan_adapter": "adapter_plan",
+    "prepare_hotswap": "adapter",
     "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",
+    "scale_adapter": "adapter",
+    "set_adapter": "adapter",
     "split_attention": "attention",
     "train": "finetune",
+    "unload": "adapter",
+    "use_adapter": "adapter",
     "verify_adapter": "verification",
 }
 

@@ -15,18 +15,28 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from sam3_lora.adapter import inner_model, load_adapter, recorded_base
+from sam3_lora.adapter import (
+    BASE,
+    acts_inside,
+    adapter_names,
+    inner_model,
+    load_adapter,
+    recorded_base,
+    use_adapter,
+)
 from sam3_lora.base.cpu import enable_cpu
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import mask_to_run_lengths
 from sam3_lora.data.image_files import read_image, to_rgb
-from sam3_lora.errors import ConfigError, as_report
+from sam3_lora.errors import ConfigError, as_report, did_you_mean
 
 from sam3.model.geometry_encoders import Prompt  # isort: skip  (after the modules that stand in for triton)
 from sam3.model.sam3_image import Sam3Image  # isort: skip
 from sam3.model.sam3_image_processor import Sam3Processor  # isort: skip
 
 Boxes = Sequence[Sequence[float]] | NDArray[np.floating[Any]]
+_IMAGE_FEATURES = "backbone.vision_backbone"  # what Sam3Processor.set_image runs
+
 _BoxXyxy = tuple[float, float, float, float]
 
 
@@ -140,26 +150,43 @@ class Predictor:
         prompts: Sequence[str],
         boxes_xyxy: Boxes | None = None,
         threshold: float | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Prediction]:
-        """Return one prediction for each prompt, in their order. Modes of the model are as before afterwards.
+        """Return one prediction for each prompt, in their order. Modes and active adapter are as before afterwards.
 
         Args:
             image: A file, which is read upright (EXIF), or an image whose pixels are taken as they lie.
             prompts: Short noun phrases. ``"visual"`` with boxes asks for whatever the boxes show.
             boxes_xyxy: ``(K, 4)`` in pixels of the image: examples of what to find, for every prompt.
             threshold: Objects that score this or less are left out; ``None`` takes the predictor's.
+            adapter: Which adapter of the model to use for this call; ``"base"`` is none of them; ``None`` takes the model
+                as it is.
 
         Raises:
-            ConfigError: For empty prompts, boxes that are empty or leave the image, a threshold out of range; all at once.
+            ConfigError: For empty prompts, boxes that are empty or leave the image, a threshold out of range, an adapter
+                that the model does not have; all at once.
             DataError: If the image cannot be read; names the file.
         """
-        threshold = self.threshold if threshold is None else threshold
-        picture = read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
-        boxes = _checked_boxes(prompts, boxes_xyxy, threshold, picture.size)
-        self._processor.set_confidence_threshold(threshold)
-        with eval_mode(self.model), bfloat16_on_cuda(self.device):
-            seen = self._processor.set_image(picture)
-            return [self._ask(seen, prompt, boxes) for prompt in prompts]
+        (predictions,) = self._predict(image, prompts, boxes_xyxy, threshold, [adapter])
+        return predictions
+
+    def predict_with(
+        self,
+        image: Image.Image | str | Path,
+        prompts: Sequence[str],
+        adapters: Sequence[str],
+        boxes_xyxy: Boxes | None = None,
+        threshold: float | None = None,
+    ) -> dict[str, list[Prediction]]:
+        """Return what :meth:`predict` returns with each of several adapters, by their names.
+
+        The features of the image are computed once for all adapters that leave the vision encoder as it is, ``"base"``
+        among them, and once more for each other. Other arguments and errors are those of :meth:`predict`.
+        """
+        return dict(
+            zip(adapters, self._predict(image, prompts, boxes_xyxy, threshold, adapters), strict=True)
+        )
 
     def predict_images(
         self,
@@ -167,14 +194,48 @@ class Predictor:
         prompts: Sequence[str],
         boxes_xyxy: Boxes | None = None,
         threshold: float | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[list[Prediction]]:
         """Return an iterator of what :meth:`predict` returns for each image; one image at a time is in memory.
 
         Arguments and errors are those of :meth:`predict`. What does not depend on an image is checked at once. The
         first image with a problem ends the iterator; call :meth:`predict` in a loop of your own to go on after it.
         """
-        _checked_boxes(prompts, boxes_xyxy, self.threshold if threshold is None else threshold)
-        return (self.predict(image, prompts, boxes_xyxy, threshold) for image in images)
+        more = _adapter_problems(self.model, [adapter])
+        _checked_boxes(prompts, boxes_xyxy, self.threshold if threshold is None else threshold, more=more)
+        return (self.predict(image, prompts, boxes_xyxy, threshold, adapter=adapter) for image in images)
+
+    def _predict(
+        self,
+        image: Image.Image | str | Path,
+        prompts: Sequence[str],
+        boxes_xyxy: Boxes | None,
+        threshold: float | None,
+        adapters: Sequence[str | None],
+    ) -> list[list[Prediction]]:
+        """Return the predictions of each adapter, in their order."""
+        threshold = self.threshold if threshold is None else threshold
+        more = _adapter_problems(self.model, adapters)
+        picture = read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
+        boxes = _checked_boxes(prompts, boxes_xyxy, threshold, picture.size, more)
+        self._processor.set_confidence_threshold(threshold)
+        shared: dict[str, Any] | None = None
+        found = []
+        with eval_mode(self.model), bfloat16_on_cuda(self.device):
+            for adapter in adapters:
+                with use_adapter(self.model, adapter):
+                    as_base = self._sees_as_base(adapter)
+                    seen = (shared if as_base else None) or self._processor.set_image(picture)
+                    shared = seen if as_base else shared
+                    found.append([self._ask(seen, prompt, boxes) for prompt in prompts])
+        return found
+
+    def _sees_as_base(self, adapter: str | None) -> bool:
+        """Whether the features of an image are those of the base."""
+        if adapter is None:
+            return False  # whatever is active; there is only one call to make
+        return adapter == BASE or not acts_inside(self.model, adapter, _IMAGE_FEATURES)
 
     def _ask(self, seen: dict[str, Any], prompt: str, boxes_xyxy: Sequence[_BoxXyxy]) -> Prediction:
         """Ask the processor once. Its state is copied first, because it writes text and results into it."""
@@ -232,10 +293,17 @@ def resolution_of(model: Sam3Image) -> int:
 
 
 def _checked_boxes(
-    prompts: Sequence[str], boxes_xyxy: Boxes | None, threshold: float, size: tuple[int, int] | None = None
+    prompts: Sequence[str],
+    boxes_xyxy: Boxes | None,
+    threshold: float,
+    size: tuple[int, int] | None = None,
+    more: Iterable[str] = (),
 ) -> list[_BoxXyxy]:
-    """Return the boxes as numbers, or raise for all problems of a request at once. ``size`` is width and height, if known."""
-    problems = _prompt_problems(prompts) + _threshold_problems(threshold)
+    """Return the boxes as numbers, or raise for all problems of a request at once, with those found before.
+
+    ``size`` is width and height, if known.
+    """
+    problems = [*_prompt_problems(prompts), *_threshold_problems(threshold), *more]
     boxes = []
     for box in () if boxes_xyxy is None else boxes_xyxy:
         try:
@@ -260,6 +328,22 @@ def _prompt_problems(prompts: Sequence[str]) -> list[str]:
         for number, prompt in enumerate(prompts, 1)
         if not isinstance(prompt, str) or not prompt.strip()
     ]
+
+
+def _adapter_problems(model: nn.Module, adapters: Sequence[str | None]) -> list[str]:
+    known = [*adapter_names(model), BASE]
+    if isinstance(adapters, str):
+        return [f"adapters must be a list, such as [{adapters!r}], not the string itself"]
+    return [_adapter_problem(adapter, known) for adapter in adapters if adapter not in (None, *known)]
+
+
+def _adapter_problem(adapter: object, known: Sequence[str]) -> str:
+    if isinstance(adapter, str):
+        hint = did_you_mean(adapter, known) or f"; it has {', '.join(known)}"
+        return f"this model has no adapter {adapter!r}{hint}"
+    # PEFT's adapter_names gives the rows of axis 0 of each layer's input to adapters. In SAM3 these are windows of an image
+    # in the vision encoder, prompts in the text encoder, and places in a sequence in the DETR.
+    return f"adapter must be one name, got {adapter!r}; predict image by image for an adapter of its own for each"
 
 
 def _threshold_problems(threshold: float) -> list[str]:

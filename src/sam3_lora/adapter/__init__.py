@@ -3,6 +3,7 @@
 The only room that calls PEFT.
 """
 
+from sam3_lora.adapter.combination import combine_adapters
 from sam3_lora.adapter.files import (
     ADAPTER_FILES,
     CARD_FILE,
@@ -13,21 +14,47 @@ from sam3_lora.adapter.files import (
     recorded_base,
     save_adapter,
 )
+from sam3_lora.adapter.hotswap import hotswap_adapter, prepare_hotswap
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
+from sam3_lora.adapter.scaling import scale_adapter
+from sam3_lora.adapter.several import (
+    active_adapters,
+    acts_inside,
+    adapter_names,
+    delete_adapter,
+    disable_adapter,
+    set_adapter,
+    unload,
+    use_adapter,
+)
+from sam3_lora.adapter.wrapper import BASE
 
 __all__ = [
     "ADAPTER_FILES",
+    "BASE",
     "CARD_FILE",
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "ParameterCount",
+    "active_adapters",
+    "acts_inside",
     "adapted_modules",
+    "adapter_names",
+    "combine_adapters",
     "count_parameters",
+    "delete_adapter",
+    "disable_adapter",
     "get_peft_sam3",
+    "hotswap_adapter",
     "inner_model",
     "load_adapter",
     "load_adapter_beside",
+    "prepare_hotswap",
     "recorded_base",
     "save_adapter",
+    "scale_adapter",
+    "set_adapter",
+    "unload",
+    "use_adapter",
 ]

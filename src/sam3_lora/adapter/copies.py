@@ -42,9 +42,9 @@ def copy_model(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Paramete
             return nn.Module()  # transforms of the tracker's images: no targets, and not copied this way
         if module not in copies:
             twin = copies[module] = module.__new__(type(module))
-            # Dicts are copied too: they hold the hooks and buffers, which are each module's own.
+            # Hooks, buffers and what PEFT notes of its adapters are each module's own.
             twin.__dict__ = {
-                n: copy.copy(v) if isinstance(v, dict) else v for n, v in module.__dict__.items()
+                n: copy.copy(v) if isinstance(v, (dict, list, set)) else v for n, v in module.__dict__.items()
             }
             twin._parameters = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
             twin._modules = {n: m if m is None else copied(m) for n, m in module._modules.items()}

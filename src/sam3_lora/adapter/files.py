@@ -16,23 +16,33 @@ from torch import Tensor, nn
 
 from sam3_lora.adapter.conversion import as_plain_lora, plain_strength
 from sam3_lora.adapter.copies import cloned, copy_model, in_same_memory, without_weights
-from sam3_lora.adapter.injection import INIT_FROM_WEIGHTS, try_on, wrap
+from sam3_lora.adapter.injection import INIT_FROM_WEIGHTS, garbage_left, try_on, wrap
 from sam3_lora.adapter.layers import (
     PREFIX,
     Origin,
     adapter_tensors,
-    base_parameters,
     config_of,
     fingerprint_of,
     inner_model,
     origin_of,
     refuse_adapted,
     remember_origin,
+    share_identities,
     strengths_of,
+)
+from sam3_lora.adapter.wrapper import (
+    check_name,
+    check_unpadded,
+    has_adapters,
+    refuse_merged,
+    remember_wrapper,
+    remove_adapter,
+    try_beside,
+    wrapper_of,
 )
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import AdapterError, ConfigError, OutputError, as_report
-from sam3_lora.fingerprint import base_fingerprint, changed_components
+from sam3_lora.fingerprint import changed_components
 from sam3_lora.liveness import uncalled_modules
 from sam3_lora.model_card import model_card
 from sam3_lora.output import replaced_folder
@@ -56,7 +66,7 @@ _PICKLES = ("*.pth", "*.pt", "*.bin", "*.ckpt")
 
 
 @dataclass(frozen=True)
-class _Saved:
+class SavedAdapter:
     """What an adapter folder holds; ``record`` is ``None`` where plain PEFT wrote it."""
 
     folder: Path
@@ -91,6 +101,7 @@ def save_adapter(
     """
     inner = inner_model(model)
     config = copy.deepcopy(config_of(inner, adapter_name))
+    check_unpadded(inner, adapter_name)
     config.inference_mode = True  # as PEFT saves it: a loaded adapter is frozen unless asked for
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
@@ -116,40 +127,69 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, folder: str | Path, adapter_name: str = "default", *, is_trainable: bool = False
 ) -> PeftModel:
-    """Load a saved adapter into a base model, in place, and return the ``PeftModel`` around it.
+    """Load a saved adapter into a model, in place, and return the ``PeftModel`` around it.
 
-    Attention is split first if need be. Every tensor of the file must have its place in the model and every
-    place its tensor. Where the folder has a record, the files must be as they were saved, the base must have the
-    weights that the adapter was trained on, and the versions must match. All of this is found out on a copy without
-    weights, so that ``model`` is as it was if anything is raised.
+    Into a base it goes as the active adapter, and attention is split first if need be. Into a model that carries
+    adapters it goes beside them under a name of its own, and which one is active stays as it was:
+    :func:`~sam3_lora.set_adapter` switches.
+
+    Every tensor of the file must have its place in the model and every place its tensor. Where the folder has a record,
+    the files must be as they were saved, the base must have the weights that the adapter was trained on, and the
+    versions must match. All of this is found out on a copy without weights, so that ``model`` is as it was if anything
+    is raised.
 
     Args:
-        model: The base that the adapter was trained on, without an adapter.
+        model: The base that the adapter was trained on; with adapters, also the ``PeftModel`` around it.
         folder: A folder written by :func:`save_adapter` or by PEFT.
         adapter_name: The name it gets in the model; need not be the name it was saved under.
         is_trainable: Train it further; otherwise it is frozen and the model put in eval mode, as PEFT does.
 
     Raises:
-        AdapterError: If files are missing, damaged or changed, tensors do not fit, or base or versions are others;
-            lists all of it.
+        AdapterError: If files are missing, damaged or changed, tensors do not fit, base or versions are others, or it
+            cannot stand beside the adapters that are there; lists all of it.
         TargetError: If the image model is only a part of ``model``.
     """
-    refuse_adapted(model)
-    refuse_outer_model([name for name, _ in model.named_modules()])
-    saved = _read_adapter(Path(folder))
-    config, fingerprint = saved.config, fingerprint_of(model)
-    config.inference_mode = not is_trainable
-    recorded_base = config.base_model_name_or_path
-    _refuse_misfits(saved, model, adapter_name, fingerprint)
+    inner = inner_model(model)
+    refuse_outer_model([name for name, _ in inner.named_modules()])
+    beside = wrapper_of(model) if has_adapters(model) else None
+    check_name(inner, adapter_name)
+    refuse_merged(inner, "load another")
+    saved = read_adapter(folder)
+    fingerprint = fingerprint_without_adapters(inner)
+    saved.config.inference_mode = not is_trainable
+    refuse_misfits(saved, model, adapter_name, fingerprint)
 
-    adapted = wrap(split_attention(model), config, adapter_name)
-    result: Any = set_peft_model_state_dict(adapted, dict(saved.tensors), adapter_name)
-    if result.unexpected_keys:
-        raise AdapterError(f"PEFT left out tensors of {str(folder)!r}: {as_report(result.unexpected_keys)}")
-    config.base_model_name_or_path = config.base_model_name_or_path or recorded_base
+    adapted = _add(inner, beside, saved, adapter_name)
+    if is_trainable:
+        adapted.set_requires_grad(adapter_name)
     about = (saved.record.prompts, saved.record.training) if saved.record else ()
     remember_origin(adapted, adapter_name, Origin(fingerprint, *about))
+    remember_wrapper(adapted)
     return adapted if is_trainable else adapted.eval()
+
+
+def _add(inner: nn.Module, beside: PeftModel | None, saved: SavedAdapter, adapter_name: str) -> PeftModel:
+    """Put an adapter that is known to fit into the model, alone or beside others, with the weights of its file."""
+    config, recorded_base = saved.config, saved.config.base_model_name_or_path
+    if beside is None:
+        adapted = wrap(split_attention(inner), config, adapter_name)
+        result: Any = set_peft_model_state_dict(adapted, dict(saved.tensors), adapter_name)
+    else:
+        adapted = beside
+        try:
+            with garbage_left():
+                adapted.add_adapter(adapter_name, config)
+            result = set_peft_model_state_dict(adapted, dict(saved.tensors), adapter_name)
+        except BaseException:  # such as Ctrl-C, or memory that ran out
+            remove_adapter(adapted, adapter_name)
+            raise
+    if result.unexpected_keys:
+        raise AdapterError(
+            f"PEFT left out tensors of {str(saved.folder)!r}: {as_report(result.unexpected_keys)}"
+        )
+    config.base_model_name_or_path = config.base_model_name_or_path or recorded_base
+    share_identities(adapted, adapter_name)
+    return adapted
 
 
 def load_adapter_beside(model: nn.Module, folder: str | Path) -> PeftModel:
@@ -160,8 +200,8 @@ def load_adapter_beside(model: nn.Module, folder: str | Path) -> PeftModel:
     and its like) gets a full copy. Errors as in :func:`load_adapter`.
     """
     refuse_adapted(model)
-    config = _read_adapter(Path(folder)).config
-    return load_adapter(copy_model(model, cloned if _changes_base(config) else in_same_memory), folder)
+    config = read_adapter(folder).config
+    return load_adapter(copy_model(model, cloned if changes_base(config) else in_same_memory), folder)
 
 
 def recorded_base(folder: str | Path) -> str:
@@ -170,18 +210,48 @@ def recorded_base(folder: str | Path) -> str:
     Raises:
         AdapterError: If files are missing or damaged, or the base was not recorded.
     """
-    config = _read_adapter(Path(folder)).config
+    config = read_adapter(folder).config
     if not config.base_model_name_or_path:
         raise AdapterError(f"{str(folder)!r} does not say which base it was made for; name it with base=")
     return str(config.base_model_name_or_path)
 
 
-def _changes_base(config: LoraConfig) -> bool:
-    """Whether an adapter of this kind changes weights of the base in place."""
-    return config.bias != "none" or str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS)
+def fingerprint_without_adapters(inner: nn.Module) -> Mapping[str, str]:
+    """Return the fingerprint of the base inside a model, with or without adapters.
+
+    Raises:
+        AdapterError: If an adapter changed the base in place, so that it is not there any more.
+    """
+    for name, config in getattr(inner, "peft_config", {}).items():
+        if reason := changes_base(config):
+            raise AdapterError(
+                f"adapter {name!r} of this model changes weights of the base in place ({reason}), so that nothing else fits "
+                "on it; load each into a base of its own"
+            )
+    return fingerprint_of(inner)
 
 
-def _read_adapter(folder: Path) -> _Saved:
+def changes_base(config: LoraConfig) -> str:
+    """Return the setting by which an adapter of this kind changes weights of the base in place, or ``""``."""
+    if config.bias != "none":
+        return f"bias={config.bias!r}"
+    if str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    return ""
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """Return where the files of an adapter lie: the one place that turns what a user names into a folder."""
+    return Path(folder)
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Read the files of an adapter.
+
+    Raises:
+        AdapterError: If files are missing or damaged, or of another kind of adapter.
+    """
+    folder = adapter_folder(folder)
     _refuse_other_kinds(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -197,7 +267,7 @@ def _read_adapter(folder: Path) -> _Saved:
         raise AdapterError(
             f"{str(folder / WEIGHTS_FILE)!r} has keys without PEFT's prefix {PREFIX!r}; PEFT would ignore them"
         )
-    return _Saved(folder, config, tensors, read_record(folder))
+    return SavedAdapter(folder, config, tensors, read_record(folder))
 
 
 def _refuse_other_kinds(folder: Path) -> None:
@@ -220,27 +290,45 @@ def _refuse_other_kinds(folder: Path) -> None:
     )
 
 
-def _refuse_misfits(
-    saved: _Saved, model: nn.Module, adapter_name: str, fingerprint: Mapping[str, str]
-) -> None:
-    """Raise with everything that speaks against loading, found on a copy of the model without weights."""
+def refuse_misfits(
+    saved: SavedAdapter, model: nn.Module, adapter_name: str, fingerprint: Mapping[str, str]
+) -> nn.Module:
+    """Return a copy of the model without weights that has the adapter.
+
+    Raises:
+        AdapterError: With everything that speaks against loading.
+    """
     problems = [] if saved.record is None else _against_record(saved, saved.record, fingerprint)
-    trial = split_attention(without_weights(model))
+    if has_adapters(model) and (reason := changes_base(saved.config)):
+        problems.append(
+            f"{reason} changes weights of the base in place, which the adapters that are there stand on; load it into a "
+            "base of its own"
+        )
+    trial = inner_model(model)
     try:
-        trial = inner_model(try_on(trial, saved.config, adapter_name))
+        trial = _tried(model, saved.config, adapter_name)
         wanted = adapter_tensors(trial, adapter_name)
     except ConfigError as error:
         problems.append(str(error))
     else:
         strengths = strengths_of(trial, adapter_name)
-        problems += [f"{name}: {reason}" for name, reason in uncalled_modules(model, strengths).items()]
+        problems += [
+            f"{name}: {reason}" for name, reason in uncalled_modules(inner_model(model), strengths).items()
+        ]
         problems += number_problems({}, {name: s.lora_alpha for name, s in strengths.items()})
         problems += _tensor_problems(saved.tensors, wanted)
     if problems:
         raise AdapterError(f"{str(saved.folder)!r} does not fit this model: {as_report(problems)}")
+    return trial
 
 
-def _against_record(saved: _Saved, record: AdapterRecord, fingerprint: Mapping[str, str]) -> list[str]:
+def _tried(model: nn.Module, config: LoraConfig, adapter_name: str) -> nn.Module:
+    if has_adapters(model):
+        return try_beside(wrapper_of(model), config, adapter_name)
+    return inner_model(try_on(split_attention(without_weights(model)), config, adapter_name))
+
+
+def _against_record(saved: SavedAdapter, record: AdapterRecord, fingerprint: Mapping[str, str]) -> list[str]:
     problems = version_problems(record)
     if record.weights_sha256 != file_digest(saved.folder / WEIGHTS_FILE):
         problems.append(
@@ -296,7 +384,7 @@ def _origin(
     """Return what the model remembers of the adapter, with what the caller knows better."""
     origin = origin_of(inner, adapter_name)
     if origin is None:  # it was added by plain PEFT
-        origin = Origin({} if _changes_base(config) else base_fingerprint(base_parameters(inner)))
+        origin = Origin({} if changes_base(config) else fingerprint_of(inner))
     return Origin(
         origin.base_fingerprint,
         origin.prompts if prompts is None else tuple(prompts),

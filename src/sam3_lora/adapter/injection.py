@@ -26,6 +26,7 @@ from sam3_lora.adapter.layers import (
     saved_modules,
     strengths_of,
 )
+from sam3_lora.adapter.wrapper import check_name, remember_wrapper
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.liveness import refuse_uncalled
@@ -60,9 +61,10 @@ def get_peft_sam3(
     Raises:
         ConfigError: For unknown presets and overrides, and values out of range; all at once.
         TargetError: If a requested module does not exist, is dead, or was not wrapped as requested.
-        AdapterError: If the model has an adapter already.
+        AdapterError: If the model has an adapter already, or the name cannot be one.
     """
     refuse_adapted(model)
+    check_name(model, adapter_name)
     preset = get_preset(preset) if isinstance(preset, str) else preset
     trial = split_attention(without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
@@ -79,6 +81,7 @@ def get_peft_sam3(
     remember_origin(
         adapted, adapter_name, dataclasses.replace(origin, initial=_initial(adapted, adapter_name))
     )
+    remember_wrapper(adapted)
     return adapted
 
 
@@ -149,14 +152,14 @@ def wrap(
     model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False
 ) -> PeftModel:
     config.base_model_name_or_path = None  # PEFT takes it from the model, and warns about any other
-    with _garbage_left():
+    with garbage_left():
         adapted = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     assert isinstance(adapted, PeftModel)  # a PeftMixedModel only comes with mixed=True
     return adapted
 
 
 @contextlib.contextmanager
-def _garbage_left() -> Iterator[None]:
+def garbage_left() -> Iterator[None]:
     """Keep the garbage collector from running: it would go through all of torch's objects, for a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()

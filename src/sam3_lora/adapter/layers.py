@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,10 +99,24 @@ def adapter_layers(inner: nn.Module, adapter_name: str) -> dict[str, Any]:
     return layers
 
 
+def share_identities(model: nn.Module, adapter_name: str) -> None:
+    """Let all layers use one module for "no dropout": one each would be a thirtieth of a large adapter's memory."""
+    shared: nn.Module | None = None
+    for layer in inner_model(model).modules():
+        dropout: Any = getattr(layer, "lora_dropout", None)
+        if (
+            isinstance(layer, LoraLayer)
+            and adapter_name in dropout
+            and type(dropout[adapter_name]) is nn.Identity
+        ):
+            shared = shared or dropout[adapter_name]
+            dropout[adapter_name] = shared
+
+
 def adapter_parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
     """Return the tensors of an adapter in one layer by their names in it, such as ``lora_A.default.weight``."""
-    inside = tuple(f"{container}.{adapter_name}" for container in layer.adapter_layer_names)
-    return {n: p for n, p in layer.named_parameters() if n.startswith(inside)}
+    inside = tuple(f"{container}.{adapter_name}." for container in layer.adapter_layer_names)
+    return {n: p for n, p in layer.named_parameters() if f"{n}.".startswith(inside)}
 
 
 def set_weight_change(layer: Any, adapter_name: str, size: float, generator: torch.Generator) -> None:
@@ -135,14 +149,20 @@ def remember_fingerprint(model: nn.Module, fingerprint: Mapping[str, str]) -> No
 
 
 def fingerprint_of(model: nn.Module) -> Mapping[str, str]:
-    """Return the fingerprint of a base without adapters: the one that it remembers, or that of its weights."""
-    remembered: Mapping[str, str] | None = getattr(model, _FINGERPRINT, None)
-    return base_fingerprint(model.named_parameters()) if remembered is None else remembered
+    """Return the fingerprint of a base, with or without adapters: the one that it remembers, or that of its weights."""
+    inner = inner_model(model)
+    remembered: Mapping[str, str] | None = getattr(inner, _FINGERPRINT, None)
+    return base_fingerprint(base_parameters(inner)) if remembered is None else remembered
 
 
 def remember_origin(model: nn.Module, adapter_name: str, origin: Origin) -> None:
     inner = inner_model(model)
     setattr(inner, _ORIGINS, {**getattr(inner, _ORIGINS, {}), adapter_name: origin})
+
+
+def forget_origins(inner: nn.Module, adapter_names: Collection[str]) -> None:
+    kept = {name: o for name, o in getattr(inner, _ORIGINS, {}).items() if name not in adapter_names}
+    setattr(inner, _ORIGINS, kept)
 
 
 def origin_of(inner: nn.Module, adapter_name: str) -> Origin | None:
