@@ -483,7 +483,7 @@ def test_a_failure_while_writing_leaves_the_old_adapter_and_nothing_else(base, t
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sam3_lora.adapter.files.save_file", full_disk)
+    monkeypatch.setattr("sam3_lora.adapter.saving.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(randomize(base), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

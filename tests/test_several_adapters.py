@@ -289,7 +289,7 @@ def test_a_load_that_breaks_off_takes_the_adapter_out_again(loaded, base, folder
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sam3_lora.adapter.files.set_peft_model_state_dict", interrupted)
+    monkeypatch.setattr("sam3_lora.adapter.loading.set_peft_model_state_dict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(adapted, folder("words"), "words")
     assert_unchanged(base, before)

@@ -4,19 +4,12 @@ The only room that calls PEFT.
 """
 
 from sam3_lora.adapter.combination import combine_adapters
-from sam3_lora.adapter.files import (
-    ADAPTER_FILES,
-    CARD_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    load_adapter,
-    load_adapter_beside,
-    recorded_base,
-    save_adapter,
-)
+from sam3_lora.adapter.files import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, recorded_base
 from sam3_lora.adapter.hotswap import hotswap_adapter, prepare_hotswap
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
+from sam3_lora.adapter.loading import load_adapter, load_adapter_beside
+from sam3_lora.adapter.saving import save_adapter
 from sam3_lora.adapter.scaling import scale_adapter
 from sam3_lora.adapter.several import (
     active_adapters,

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
-from sam3_lora.adapter.files import fingerprint_without_adapters, read_adapter, refuse_misfits
+from sam3_lora.adapter.files import read_adapter
 from sam3_lora.adapter.layers import (
     PREFIX,
     Origin,
@@ -21,6 +21,7 @@ from sam3_lora.adapter.layers import (
     inner_model,
     remember_origin,
 )
+from sam3_lora.adapter.loading import fingerprint_without_adapters, refuse_misfits
 from sam3_lora.adapter.scaling import set_scaling
 from sam3_lora.adapter.several import adapter_names
 from sam3_lora.adapter.wrapper import check_known, refuse_merged, wrapper_of
