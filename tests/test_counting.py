@@ -25,6 +25,13 @@ def test_a_step_has_the_flops_of_its_matrix_products():
     assert count().flops == products * 2 * ROWS * WIDTH * WIDTH
 
 
+def test_attention_on_the_cpu_is_counted():
+    q, k, v = (torch.zeros(1, 2, ROWS, WIDTH, requires_grad=True) for _ in range(3))
+    step = count_step(lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum(), [q, k, v])
+    products = 2 + 5  # forward, and backward with the scores computed again
+    assert step.flops == products * 2 * 2 * ROWS * ROWS * WIDTH
+
+
 def test_a_checkpoint_saves_nothing_inside_and_repeats_what_the_backward_needs():
     plain, checkpointed = count(), count(checkpointed=True)
     assert plain.saved_bytes == 2 * ACTIVATION  # what enters the second and the third layer

@@ -13,6 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+_ATEN = torch.ops.aten
+# torch counts only the attention kernels of the GPU; those of the CPU do the same products.
+_FLOPS: dict[Any, Any] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
 
 @dataclass(frozen=True)
 class StepCount:
@@ -86,7 +98,7 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         # A fake tensor asks for its device by an operation, of the namespace prim.
         self.launches += not func.is_view and func.namespace == "aten"
-        if (flops_of := flop_registry.get(func._overloadpacket)) is not None:
+        if (flops_of := _FLOPS.get(func._overloadpacket)) is not None:
             self.flops += flops_of(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
