@@ -192,6 +192,7 @@ def test_every_tensor_of_an_adapter_gets_a_gradient_and_training_changes_no_base
     assert all(".lora_" in name for name in adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("component", "kind"), sorted(PARTS))
 def test_gradients_agree_with_finite_differences(component, kind):
     base = build_tiny_sam3(eval_mode=True)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_two_adapters_act_differently_switch_and_combine(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "two_adapters.py")]
     done = subprocess.run(

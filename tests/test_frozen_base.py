@@ -39,6 +39,7 @@ def make_trainer(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
 def test_fifty_steps_change_every_adapter_tensor_and_no_base_tensor_by_one_bit(make_trainer, amp):
     trainer = make_trainer(amp=amp)
@@ -54,6 +55,7 @@ def test_fifty_steps_change_every_adapter_tensor_and_no_base_tensor_by_one_bit(m
     assert changed == {name for name in before if ".lora_" in name}
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_on_a_quantised_base(make_trainer):
     trainer = make_trainer("base.quantization=int8", batch_size=STEPS // 2)
     weight = trainer.model.module.backbone.vision_backbone.trunk.blocks[0].attn.qkv.base_layer.weight

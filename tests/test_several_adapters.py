@@ -553,6 +553,7 @@ def test_a_combination_has_in_each_module_the_rank_that_it_needs(loaded, base):
     assert set(ranks) == {(8, 16), (16, 32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "options", "error", "problem"),
     [

@@ -28,9 +28,13 @@ VARIANTS = [
 ]
 CHANGE_BASE = [
     pytest.param({"init_lora_weights": "pissa"}, id="PiSSA"),
-    pytest.param({"init_lora_weights": "pissa_niter_4"}, id="PiSSA, fast"),
+    pytest.param({"init_lora_weights": "pissa_niter_4"}, id="PiSSA, fast", marks=pytest.mark.slow),
     pytest.param({"init_lora_weights": "olora"}, id="OLoRA"),
-    pytest.param({"init_lora_weights": "pissa", "use_rslora": True}, id="PiSSA, rank-stabilised"),
+    pytest.param(
+        {"init_lora_weights": "pissa", "use_rslora": True},
+        id="PiSSA, rank-stabilised",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         {"init_lora_weights": "olora", "use_rslora": True, "rank_pattern": {r"layers\.0\.linear1": 2}},
         id="OLoRA, rank-stabilised, with a pattern",
