@@ -1,25 +1,29 @@
-"""Write docs/reference/methods.md: which variant of LoRA works on which component, tried on the tiny model.
+"""Write docs/reference/methods.md: which method of PEFT works on which component, tried on the tiny model.
 
 OMP_NUM_THREADS=1 python -W ignore scripts/methods_table.py
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from sam3.model.data_misc import FindStage
 
 from sam3_lora import Sam3LoraError, get_peft_sam3, load_adapter, load_base, save_adapter
+from sam3_lora.adapter.methods import REFUSED
 from sam3_lora.components import COMPONENTS, PATTERNS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "methods.md"
 
 #: Name in the table -> keywords of get_peft_sam3.
-METHODS: dict[str, dict[str, Any]] = {
+LORA: dict[str, Method] = {
     "LoRA": {},
     "rank-stabilised (rsLoRA)": {"use_rslora": True},
     "DoRA": {"use_dora": True},
@@ -31,21 +35,83 @@ METHODS: dict[str, dict[str, Any]] = {
     "`lora_bias`": {"lora_bias": True},
     '`bias="lora_only"`': {"bias": "lora_only"},
 }
+#: Settings of every other method that PEFT has for Linear layers, small enough for the tiny model.
+OTHERS: dict[str, Method] = {
+    "LoHa": peft.LoHaConfig(r=2),
+    "LoKr": peft.LoKrConfig(r=2),
+    "OFT": peft.OFTConfig(oft_block_size=4),
+    "BOFT": peft.BOFTConfig(boft_block_size=2),
+    "HRA": peft.HRAConfig(r=2),
+    "IA3": peft.IA3Config(),
+    "VeRA": peft.VeraConfig(r=2),
+    "PVeRA": peft.PveraConfig(r=2),
+    "RandLoRA": peft.RandLoraConfig(r=2),
+    "VB-LoRA": peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=1),
+    "UniLoRA": peft.UniLoraConfig(r=2),
+    "TinyLoRA": peft.TinyLoraConfig(r=2),
+    "FourierFT": peft.FourierFTConfig(n_frequency=16, init_weights=True),
+    "WaveFT": peft.WaveFTConfig(n_frequency=16),
+    "C3A": peft.C3AConfig(block_size=2, init_weights=True),
+    "RoAd": peft.RoadConfig(group_size=2),
+    "MiSS": peft.MissConfig(r=2),
+    "HiRA": peft.HiraConfig(r=2),
+    "DEFT": peft.DeftConfig(r=2),
+    "DeLoRA": peft.DeloraConfig(r=2),
+    "GLoRA": peft.GloraConfig(r=2),
+    "GraLoRA": peft.GraloraConfig(r=2, gralora_k=2),
+    "PSOFT": peft.PsoftConfig(r=2),
+    "SHiRA": peft.ShiraConfig(r=2),
+    "AdaMSS": peft.AdamssConfig(r=2),
+    "FRoD": peft.FrodConfig(),
+    "Lily": peft.LilyConfig(r=2),
+    "PEANuT": peft.PeanutConfig(r=2),
+    "BEFT": peft.BeftConfig(),
+    "Supertuning": peft.SupertuningConfig(),
+}
 WORKS = "works"
+
+Method = dict[str, Any] | peft.PeftConfig
 
 _RATE = 2e-3  # of two steps of SGD on the squares of all outputs: seen in the outputs, and far from exploding
 _TOLERANCE = 1e-5  # relative to the largest value of an output
 _HEAD = """\
-# Variants of LoRA
+# Methods
 
-`scripts/methods_table.py` writes this page. "works" means, for all kinds of modules of the component in the tiny model,
-{ranks}: two training steps change the outputs; saved and loaded into an untouched base, they are the same; and so
-they are with the adapter merged, all within 1e-5 of the largest value. The number of a note says what is
-refused and why, always before anything is changed.
+`scripts/methods_table.py` writes this page: it tries every method of PEFT {version} on every component of the tiny model.
 
-Each is a keyword of [`get_peft_sam3`](python-api.md#get_peft_sam3), or of `sam3-lora train` as `--set use_dora=true`;
-`init_lora_weights` for PiSSA, OLoRA, orthogonal and gaussian.
+"works" means, for all kinds of modules of the component: two training steps change the outputs; saved and loaded into an
+untouched base, they are the same; and so they are with the adapter merged, all within 1e-5 of the largest value. The
+number of a note says what is refused and why, always before anything is changed.
 
+## Variants of LoRA
+
+With rank 2. Each is a keyword of [`get_peft_sam3`](python-api.md#get_peft_sam3), or of `sam3-lora train` as
+`--set use_dora=true`; `init_lora_weights` for PiSSA, OLoRA, orthogonal and gaussian.
+
+{lora}
+
+## Other methods
+
+Their settings stand in the place of the preset, and the modules are chosen as for LoRA:
+
+```python
+get_peft_sam3(model, peft.LoHaConfig(r=8, alpha=16), components=["detr_decoder"], kinds=["attention"])
+```
+
+For the official trainer the config names the class: `adapter.preset: {{_target_: peft.LoHaConfig, r: 8, alpha: 16}}`.
+Before the model is touched, one module of each kind gets the adapter on a copy: its outputs must stay the same until it
+is trained, and every tensor of it must have an effect and a gradient. What is not LoRA can be saved, loaded, switched,
+disabled, merged and verified; scaling per component, combination, hot swapping and a quantised base are for LoRA alone.
+
+{others}
+
+Not for SAM3:
+
+{refused}
+
+## Notes
+
+{notes}
 """
 
 
@@ -56,55 +122,90 @@ def main() -> None:
 def page() -> str:
     """Return the text of the page, from trying every cell."""
     reasons: list[str] = []
-    lines = [
-        f"| method | {' | '.join(COMPONENTS)} |",
-        f"| --- |{' --- |' * len(COMPONENTS)}",
-    ]
-    for method, keywords in METHODS.items():
+    return _HEAD.format(
+        version=peft.__version__,
+        lora=_table(LORA, reasons),
+        others=_table(OTHERS, reasons),
+        refused="\n".join(f"- {method}: {reason}" for method, reason in REFUSED.items()),
+        notes="\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
+    )
+
+
+def _table(methods: Mapping[str, Method], reasons: list[str]) -> str:
+    lines = [f"| method | {' | '.join(COMPONENTS)} |", f"| --- |{' --- |' * len(COMPONENTS)}"]
+    for name, method in methods.items():
         cells = []
         for component in COMPONENTS:
-            result = try_out(component, keywords)
-            if result != WORKS and result not in reasons:
-                reasons.append(result)
-            word = result.partition(":")[0] if result.startswith("all but") else "no"
-            cells.append(WORKS if result == WORKS else f"{word} ({reasons.index(result) + 1})")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    head = _HEAD.format(ranks="with rank 2")
-    return head + "\n".join(lines) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
+            print(f"{name}, {component}: ", end="", flush=True)
+            word, _, reason = try_out(component, method).partition(": ")
+            print(word, reason)
+            if reason and reason not in reasons:
+                reasons.append(reason)
+            cells.append(f"{word} ({reasons.index(reason) + 1})" if reason else word)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def try_out(component: str, keywords: dict[str, Any]) -> str:
-    """Return :data:`WORKS`, or why this method does not work on this component."""
+def try_out(component: str, method: Method) -> str:
+    """Return :data:`WORKS`, or how far this method works on this component, a colon, and why no further."""
     kinds = list(PATTERNS[component])  # type: ignore[index]
-    result = _try_kinds(component, kinds, keywords)
+    result = _try_kinds(component, kinds, method)
+    if not result.startswith("no: "):
+        return result
+    reason = result.removeprefix("no: ")
     for left_out in ("conv", "heads"):
-        if result != WORKS and left_out in kinds:
-            rest = [kind for kind in kinds if kind != left_out]
-            if _try_kinds(component, rest, keywords) == WORKS:
-                return f"all but {left_out}: {result}"
+        rest = [kind for kind in kinds if kind != left_out]
+        if rest != kinds and not (better := _try_kinds(component, rest, method)).startswith("no: "):
+            return f"all but {left_out}{better.removeprefix(WORKS).partition(':')[0]}: {reason}"
     return result
 
 
-def _try_kinds(component: str, kinds: list[str], keywords: dict[str, Any]) -> str:
+def _try_kinds(component: str, kinds: list[str], method: Method) -> str:
     base = _untouched()
     before = outputs(base)
     torch.manual_seed(0)
     try:
-        adapted = get_peft_sam3(base, components=[component], kinds=kinds, r=2, **keywords)
+        adapted = _adapted(base, method, components=[component], kinds=kinds)
     except Sam3LoraError as error:
-        return str(error).splitlines()[-1].strip().rpartition(": ")[2]
+        return f"no: {_reason(error)}"
     _train(adapted)
     expected = outputs(adapted.get_base_model())
-    if not _differ(expected, before, 1e-4):
-        return "training changes no output"
+    if not all(output.isfinite().all() for output in expected.values()):
+        return "no: training gives NaN or infinity"
+    if not _differ(expected, before, 1e-6):
+        return "no: training changes no output"
     with tempfile.TemporaryDirectory() as folder:
-        loaded = load_adapter(_untouched(), save_adapter(adapted, Path(folder) / "adapter"))
+        try:
+            loaded = load_adapter(_untouched(), save_adapter(adapted, Path(folder) / "adapter"))
+        except Sam3LoraError as error:
+            return f"no: {_reason(error)}"
     if _differ(outputs(loaded.get_base_model()), expected, _TOLERANCE):
-        return "a reloaded adapter gives other outputs"
-    if _differ(outputs(loaded.merge_and_unload()), expected, _TOLERANCE):
-        return "a merged adapter gives other outputs"
-    return WORKS
+        return "no: a reloaded adapter gives other outputs"
+    try:
+        merged = outputs(loaded.merge_and_unload())
+    except Exception as error:  # of whatever kind PEFT raises
+        return f"works, no merging: {type(error).__name__}: {error}"
+    return (
+        "works, no merging: a merged adapter gives other outputs"
+        if _differ(merged, expected, _TOLERANCE)
+        else WORKS
+    )
+
+
+def _adapted(base: Any, method: Method, **places: Any) -> Any:
+    if isinstance(method, peft.PeftConfig):
+        return get_peft_sam3(base, method, **places)
+    return get_peft_sam3(base, r=2, **places, **method)
+
+
+def _reason(error: Exception) -> str:
+    """Return the last line of an error without the names of modules, of which there may be many."""
+    line = str(error).splitlines()[-1].strip().removeprefix("- ")
+    line = re.sub(r"[\w]+(\.[\w]+)+: ", "", line)
+    line = re.sub(
+        r"\w+ does not support target modules of type <class '.*Conv2d'> yet", "Conv2d is not supported", line
+    )
+    return re.sub(r"Target module (\w+)\(.*\) is not (a plain|supported).*", r"\1 is not supported", line)
 
 
 def outputs(model: Any) -> dict[str, torch.Tensor]:

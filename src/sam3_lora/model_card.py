@@ -15,11 +15,11 @@ _CARD = """\
 {base_metadata}library_name: peft
 pipeline_tag: image-segmentation
 {license_metadata}tags:
-{base_tag}- lora
+{base_tag}- {tag}
 - sam3
 ---
 
-# LoRA adapter for SAM3
+# {method} adapter for SAM3
 
 - Base model: {base}
 - Preset: {preset}
@@ -60,20 +60,26 @@ weights: Apache-2.0, like the library."""
 
 
 def model_card(
-    base_model: str | None, preset: str | None, modules: Mapping[str, Strength], parameters: int
+    base_model: str | None,
+    preset: str | None,
+    modules: Mapping[str, Strength | None],
+    parameters: int,
+    method: str = "LoRA",
 ) -> str:
     """Return the text of the card, with the metadata that the Hub reads on top.
 
     Args:
         base_model: A Hub id, a path or a name; only an id goes into the metadata, which the Hub checks.
         preset: Its name, or ``None`` for a choice of the user's own.
-        modules: Full name and strength of every adapted module.
+        modules: Full name of every adapted module, with its strength if the method is LoRA.
         parameters: How many numbers the adapter holds.
+        method: PEFT's name for the method.
     """
     on_hub = base_model is not None and _is_hub_id(base_model)
     groups = Counter((*(component_of(name) or ("other", "")), strength) for name, strength in modules.items())
     rows = [
-        f"| {component} | {kind} | {count} | {strength.r} | {strength.lora_alpha:g} |"
+        f"| {component} | {kind} | {count} | "
+        + (f"{strength.r} | {strength.lora_alpha:g} |" if strength else "- | - |")
         for (component, kind, strength), count in groups.items()
     ]
     on_tiny = base_model == "tiny"
@@ -87,6 +93,8 @@ def model_card(
         preset=preset or "none (own choice of modules)",
         parameters=f"{parameters:,}",
         rows="\n".join(rows),
+        method=method,
+        tag=method.lower(),
     )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,15 +39,22 @@ from sam3_lora.targets import (
 )
 from sam3_lora.train_also import TRAIN_ALSO, layers_of, word_problems
 
-# Settings that choose modules or strengths: they go into the plan, everything else goes to PEFT as it is.
-_RESOLVED = (
-    *OVERRIDES,
+#: Settings that choose modules, whatever the method.
+SELECTING = (
+    "components",
+    "kinds",
     LAST_BLOCKS,
     TRAIN_ALSO,
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "modules_to_save",
+)
+# Settings that choose modules or strengths: they go into the plan, everything else goes to PEFT as it is.
+_RESOLVED = (
+    *OVERRIDES,
+    *(setting for setting in SELECTING if setting != "modules_to_save"),
     "rank_pattern",
     "alpha_pattern",
 )
@@ -88,14 +95,38 @@ def make_plan(
     names = list(module_names)
     refuse_outer_model(names)
     given = {key: value for key, value in overrides.items() if value is not None}
-    try:
+    with _patterns_read():
         _raise_problems(names, preset, given, (*lora_fields, LAST_BLOCKS, TRAIN_ALSO))
-        preset, targets = _choose(names, preset, given)
-        given = _with_whole_layers(names, targets, given)
-        plan = _with_strengths(narrow_targets(targets, names, given), preset, given)
+        preset, targets, given = _choose(names, preset, given)
+        plan = _with_strengths(targets, preset, given)
         return dataclasses.replace(plan, saved=tuple(saved_modules(names, given)))
-    except re.error as error:
-        raise ConfigError(f"{error.pattern!r} is not a regular expression: {error}") from error
+
+
+def select_modules(
+    module_names: Iterable[str], preset: Preset, settings: Mapping[str, Any]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Return the full names of the modules to adapt, and of those to train whole, for a method other than LoRA.
+
+    Args:
+        module_names: As for :func:`make_plan`.
+        preset: Its components and kinds are adapted where the settings name none.
+        settings: Some of :data:`SELECTING`; those that are ``None`` count as not given.
+
+    Raises:
+        ConfigError: For settings that are none of these, and wrong values.
+        TargetError: As in :func:`make_plan`.
+    """
+    names = list(module_names)
+    refuse_outer_model(names)
+    given = {key: value for key, value in settings.items() if value is not None}
+    if strays := [key for key in given if key not in SELECTING]:
+        raise ConfigError(
+            f"{', '.join(strays)}: not a setting that chooses modules ({', '.join(SELECTING)}); set it in the PeftConfig"
+        )
+    with _patterns_read():
+        _raise_problems(names, preset, given, SELECTING)
+        _, targets, given = _choose(names, preset, given)
+        return [name for found in targets.values() for name in found], tuple(saved_modules(names, given))
 
 
 def preset_of(modules: Mapping[str, Strength], module_names: Iterable[str]) -> str | None:
@@ -143,14 +174,28 @@ def _raise_problems(names: list[str], preset: Preset, given: Mapping[str, Any], 
         raise (ConfigError if wrong else TargetError)(as_report(wrong + idle))
 
 
-def _choose(names: list[str], preset: Preset, given: Mapping[str, Any]) -> tuple[Preset, Targets]:
-    """Return the preset with its overrides, and its modules or those that ``target_modules`` names."""
+@contextlib.contextmanager
+def _patterns_read() -> Iterator[None]:
+    try:
+        yield
+    except re.error as error:
+        raise ConfigError(f"{error.pattern!r} is not a regular expression: {error}") from error
+
+
+def _choose(
+    names: list[str], preset: Preset, given: dict[str, Any]
+) -> tuple[Preset, Targets, dict[str, Any]]:
+    """Return the preset with its overrides, its modules or those that ``target_modules`` names, and the settings with
+    the layers of ``train_also`` among ``modules_to_save``."""
     ours = {key: value for key, value in given.items() if key in OVERRIDES}
-    if "target_modules" not in given:
+    if "target_modules" in given:
+        targets = select_targets(names, given["target_modules"])
+        preset = override_preset(preset, {**ours, "components": list(targets)})
+    else:
         preset = override_preset(_own_blocks(preset, given), ours)
-        return preset, _preset_targets(names, preset)
-    targets = select_targets(names, given["target_modules"])
-    return override_preset(preset, {**ours, "components": list(targets)}), targets
+        targets = _preset_targets(names, preset)
+    given = _with_whole_layers(names, targets, given)
+    return preset, narrow_targets(targets, names, given), given
 
 
 def _with_whole_layers(names: list[str], targets: Targets, given: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from sam3_lora.adapter.layers import adapter_layers, adapter_parameters, inner_model, set_weight_change
+from sam3_lora.adapter.layers import adapter_parameters, inner_model, set_weight_change, trained_layers
 from sam3_lora.attention import SplitAttention
 from sam3_lora.base.cpu import enable_cpu_training
 from sam3_lora.components import ROOTS, why_excluded
@@ -82,7 +82,8 @@ def verify_adapter(
 ) -> Verification:
     """Prove for each adapted module that the adapter acts there, and return what was measured.
 
-    Each module alone gets a random change of its weight, as large as the weight, while all others are as in the base:
+    Each module alone gets a random change of its weight, as large as the weight (of another method than LoRA: of the
+    adapter's tensors, as large as they are), while all others are as in the base:
     a final output must move by more than :data:`LEAST_MOVEMENT` times its noise. Then all get a small one, and the
     losses of our training configs on a batch with words, boxes, masks and an absent prompt must give every tensor of
     the adapter a gradient, with dropout and DropPath off. The model is as before afterwards.
@@ -90,8 +91,8 @@ def verify_adapter(
     It takes one forward for each module (the image encoder is run again only for its own modules), and one backward.
 
     Args:
-        model: A ``PeftModel``, or the ``Sam3Image`` inside one, on any device, with a LoRA adapter from whatever
-            source.
+        model: A ``PeftModel``, or the ``Sam3Image`` inside one, on any device, with an adapter of any method from
+            whatever source. Layers that it trains whole are proved like those that it wraps.
         adapter_name: Which adapter to prove.
         on_progress: Called after every module with the number done and of all.
 
@@ -102,7 +103,7 @@ def verify_adapter(
     inner = inner_model(model)
     if not isinstance(inner, Sam3Image):
         raise ConfigError(f"only an adapted Sam3Image can be verified, got a {type(inner).__name__}")
-    layers = adapter_layers(inner, adapter_name)
+    layers = trained_layers(inner, adapter_name)
     enable_cpu_training()
     with _as_it_was(inner, layers, adapter_name), evaluating(inner):
         batch = _probe_batch(inner)
@@ -306,7 +307,7 @@ def _as_it_was(model: nn.Module, layers: Mapping[str, Any], adapter_name: str) -
         for p in adapter_parameters(layer, adapter_name).values()
     ]
     trained = [(p, p.requires_grad) for p in model.parameters()]
-    acting = [(layer, layer.disable_adapters, layer.active_adapters) for layer in layers.values()]
+    acting = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers.values()]
     python_state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -316,8 +317,7 @@ def _as_it_was(model: nn.Module, layers: Mapping[str, Any], adapter_name: str) -
     finally:
         random.setstate(python_state)
         for layer, disabled, active in acting:
-            layer.set_adapter(active)
-            layer._disable_adapters = disabled
+            layer._active_adapter, layer._disable_adapters = active, disabled
         with torch.no_grad():
             for parameter, value in values:
                 parameter.copy_(value)

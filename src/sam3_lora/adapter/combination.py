@@ -15,8 +15,8 @@ from sam3_lora.adapter.files import changes_base
 from sam3_lora.adapter.layers import (
     Origin,
     adapter_layers,
-    config_of,
     inner_model,
+    lora_config_of,
     origin_of,
     remember_origin,
     strengths_of,
@@ -106,7 +106,7 @@ def _problems(inner: nn.Module, names: Iterable[str], combination_type: str) -> 
     """Return why PEFT would combine these adapters wrongly, or not at all."""
     problems = []
     for name in names:
-        config = config_of(inner, name)
+        config = lora_config_of(inner, name)
         check_unpadded(inner, name)
         problems += [
             f"{name!r} has {field}={getattr(config, field)!r}, which PEFT's arithmetic leaves out"
@@ -155,7 +155,7 @@ def _settle(inner: nn.Module, adapter_name: str, names: list[str]) -> None:
         a.data, b.data = a.data[:r].clone(), b.data[:, :r].clone()
         layer.r[adapter_name] = layer.lora_alpha[adapter_name] = r
         layer.set_scale(adapter_name, 1.0)
-    _note_ranks(config_of(inner, adapter_name), ranks)
+    _note_ranks(lora_config_of(inner, adapter_name), ranks)
 
 
 def _note_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> None:

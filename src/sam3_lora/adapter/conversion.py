@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
 from sam3_lora.plan import Strength
@@ -17,9 +17,9 @@ from sam3_lora.plan import Strength
 _CHANGE_BASE = ("pissa", "olora", "lora_ga", "corda")
 
 
-def start_changes_base(config: LoraConfig) -> bool:
+def start_changes_base(config: PeftConfig) -> bool:
     """Whether the initialisation of such an adapter changes weights of the base."""
-    return str(config.init_lora_weights).startswith(_CHANGE_BASE)
+    return isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(_CHANGE_BASE)
 
 
 def as_plain_lora(

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sam3_lora.adapter.injection import INIT_FROM_WEIGHTS
-from sam3_lora.adapter.layers import PREFIX
-from sam3_lora.errors import AdapterError
+from sam3_lora.adapter.layers import PEFT_PREFIX, PREFIX
+from sam3_lora.adapter.methods import refuse_method
+from sam3_lora.errors import AdapterError, ConfigError
 from sam3_lora.record import RECORD_FILE, AdapterRecord, read_record
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,7 +29,7 @@ class SavedAdapter:
     """What an adapter folder holds; ``record`` is ``None`` where plain PEFT wrote it."""
 
     folder: Path
-    config: LoraConfig
+    config: PeftConfig
     tensors: Mapping[str, Tensor]
     record: AdapterRecord | None
 
@@ -50,13 +51,15 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT does not check what it reads
         raise AdapterError(f"{str(folder / CONFIG_FILE)!r} is damaged: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"{str(folder)!r} holds a {config.peft_type} adapter; only LoRA can be loaded")
+    try:
+        refuse_method(config)
+    except ConfigError as error:
+        raise AdapterError(f"{str(folder)!r} cannot be loaded: {error}") from error
     try:
         tensors: dict[str, Tensor] = load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise AdapterError(f"{str(folder / WEIGHTS_FILE)!r} is damaged: {error}") from error
-    if tensors and not any(name.startswith(PREFIX) for name in tensors):
+    if tensors and not any(name.startswith(PEFT_PREFIX) for name in tensors):
         raise AdapterError(
             f"{str(folder / WEIGHTS_FILE)!r} has keys without PEFT's prefix {PREFIX!r}; PEFT would ignore them"
         )
@@ -75,13 +78,12 @@ def recorded_base(folder: str | Path) -> str:
     return str(config.base_model_name_or_path)
 
 
-def changes_base(config: LoraConfig) -> str:
+def changes_base(config: PeftConfig) -> str:
     """Return the setting by which an adapter of this kind changes weights of the base in place, or ``""``."""
-    if config.bias != "none":
-        return f"bias={config.bias!r}"
-    if str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
-        return f"init_lora_weights={config.init_lora_weights!r}"
-    return ""
+    if (bias := getattr(config, "bias", "none")) != "none":
+        return f"bias={bias!r}"
+    start = getattr(config, "init_lora_weights", None)
+    return f"init_lora_weights={start!r}" if str(start).startswith(INIT_FROM_WEIGHTS) else ""
 
 
 def _refuse_other_kinds(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
@@ -17,8 +17,8 @@ from sam3_lora.adapter.layers import (
     Origin,
     adapter_layers,
     adapter_parameters,
-    config_of,
     inner_model,
+    lora_config_of,
     remember_origin,
 )
 from sam3_lora.adapter.loading import fingerprint_without_adapters, refuse_misfits
@@ -74,12 +74,13 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     inner = inner_model(model)
     check_known(model, adapter_name)
     refuse_merged(model, "swap it")
+    there = lora_config_of(inner, adapter_name)
     saved, fingerprint = read_adapter(folder), fingerprint_without_adapters(inner)
     saved.config.inference_mode = True
     trial_name = _free_name(model)
     trial = adapter_layers(refuse_misfits(saved, model, trial_name, fingerprint), trial_name)
     layers = adapter_layers(inner, adapter_name)
-    problems = _config_problems(config_of(inner, adapter_name), saved.config)
+    problems = _config_problems(there, saved.config)
     problems += _place_problems(layers, trial, adapter_name, trial_name)
     if problems:
         raise AdapterError(
@@ -100,7 +101,7 @@ def _free_name(model: nn.Module) -> str:
     return "_".join(["swapped_in", *adapter_names(model)])
 
 
-def _config_problems(there: LoraConfig, new: LoraConfig) -> list[str]:
+def _config_problems(there: PeftConfig, new: PeftConfig) -> list[str]:
     return [
         f"{field} is {getattr(there, field)!r} there and {getattr(new, field)!r} in the file"
         for field in _SAME

@@ -7,30 +7,43 @@ import copy
 import dataclasses
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from sam3_lora.adapter.conversion import start_changes_base
-from sam3_lora.adapter.copies import without_weights
+from sam3_lora.adapter.copies import copy_model, in_same_memory, without_weights
 from sam3_lora.adapter.layers import (
     Origin,
     adapter_tensors,
     config_of,
     fingerprint_of,
     inner_model,
+    method_of,
+    modules_with,
     refuse_adapted,
     remember_origin,
+    remember_wrapper,
     saved_modules,
     strengths_of,
 )
-from sam3_lora.adapter.wrapper import check_name, remember_wrapper
+from sam3_lora.adapter.methods import (
+    chosen_settings,
+    config_for,
+    lora_settings,
+    method_problems,
+    one_of_each_kind,
+    refuse_method,
+    trial_model,
+)
+from sam3_lora.adapter.wrapper import check_name
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.liveness import refuse_uncalled
-from sam3_lora.plan import Plan, make_plan
+from sam3_lora.plan import Plan, make_plan, select_modules
 from sam3_lora.presets import Preset, get_preset
 
 _LORA_FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.init)
@@ -40,32 +53,54 @@ INIT_FROM_WEIGHTS = ("pissa", "olora", "orthogonal", "eva", "corda", "loftq", "l
 
 
 def get_peft_sam3(
-    model: nn.Module, preset: str | Preset = "balanced", *, adapter_name: str = "default", **overrides: Any
+    model: nn.Module,
+    preset: str | Preset | PeftConfig = "balanced",
+    *,
+    adapter_name: str = "default",
+    **overrides: Any,
 ) -> PeftModel:
-    """Add a fresh LoRA adapter to a SAM3 image model, in place, and return the ``PeftModel`` around it.
+    """Add a fresh adapter to a SAM3 image model, in place, and return the ``PeftModel`` around it.
 
-    Attention is split, the base is frozen and LoRA weights are fp32 even on a bf16 base. The output stays
+    Attention is split, the base is frozen and the adapter's weights are fp32 even on a bf16 base. The output stays
     the same until the adapter is trained. ``.get_base_model()`` of the result is ``model`` itself with its
     official parameter names: give that one to the trainer. A copy without weights is adapted first, so that
     ``model`` is as it was if anything is raised.
 
     Args:
         model: A ``Sam3Image`` with its weights loaded; its ``name_or_path`` is recorded as the base model.
-        preset: A name from :data:`sam3_lora.presets.PRESETS`, or a preset of your own.
+        preset: A name from :data:`sam3_lora.presets.PRESETS`, a preset of your own, or the settings of any method of PEFT,
+            such as ``LoHaConfig(r=8, alpha=16)``: its ``target_modules`` are adapted, or else the components and kinds of
+            "balanced". See docs/reference/methods.md for what works where.
         adapter_name: PEFT's name for the adapter.
         **overrides: ``components`` and ``kinds`` to adapt; ``r`` and ``lora_alpha``, a number or one per
             component; ``last_n_vision_blocks``, to leave out the blocks before them; and every other field of PEFT's
             ``LoraConfig``. ``train_also`` names parts that are trained whole: some of :data:`sam3_lora.train_also.WORDS`,
             where "norms" means those of the adapted components. ``target_modules`` replaces components and kinds. ``rank_pattern`` keeps ``lora_alpha / r``, unless an alpha is given as well.
+            Beside settings of another method only those that choose modules.
 
     Raises:
-        ConfigError: For unknown presets and overrides, and values out of range; all at once.
+        ConfigError: For unknown presets and overrides, and values out of range; all at once. For a method that does not
+            work on a SAM3, or on some of the modules.
         TargetError: If a requested module does not exist, is dead, or was not wrapped as requested.
         AdapterError: If the model has an adapter already, or the name cannot be one.
     """
     refuse_adapted(model)
     check_name(model, adapter_name)
-    preset = get_preset(preset) if isinstance(preset, str) else preset
+    if isinstance(preset, PeftConfig):
+        refuse_method(preset)
+    if isinstance(preset, LoraConfig):
+        overrides = {**lora_settings(preset), **overrides}
+        adapted = _add_lora(model, get_preset("balanced"), adapter_name, overrides)
+    elif isinstance(preset, PeftConfig):
+        adapted = _add_other_method(model, preset, adapter_name, overrides)
+    else:
+        preset = get_preset(preset) if isinstance(preset, str) else preset
+        adapted = _add_lora(model, preset, adapter_name, overrides)
+    remember_wrapper(adapted)
+    return adapted
+
+
+def _add_lora(model: nn.Module, preset: Preset, adapter_name: str, overrides: Mapping[str, Any]) -> PeftModel:
     trial = split_attention(without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
     _refuse_start(trial, plan)
@@ -81,8 +116,38 @@ def get_peft_sam3(
     remember_origin(
         adapted, adapter_name, dataclasses.replace(origin, initial=_initial(adapted, adapter_name))
     )
-    remember_wrapper(adapted)
     return adapted
+
+
+def _add_other_method(
+    model: nn.Module, config: PeftConfig, adapter_name: str, overrides: Mapping[str, Any]
+) -> PeftModel:
+    names = [name for name, _ in split_attention(without_weights(model)).named_modules()]
+    settings = {**chosen_settings(config), **overrides}
+    modules, saved = select_modules(names, get_preset("balanced"), settings)
+    split = split_attention(copy_model(model, in_same_memory))
+    sample = one_of_each_kind(split, modules)
+    _refuse_failing(trial_model(split, sample), split, config_for(config, sample, ()), adapter_name, sample)
+    refuse_uncalled(model, modules)
+    fingerprint = fingerprint_of(model)
+    adapted = wrap(split_attention(model), config_for(config, modules, saved), adapter_name)
+    _check_modules(adapted, adapter_name, modules, saved)
+    remember_origin(adapted, adapter_name, Origin(fingerprint))
+    return adapted
+
+
+def _refuse_failing(
+    trial: nn.Module, base: nn.Module, config: PeftConfig, adapter_name: str, modules: Collection[str]
+) -> None:
+    """Raise if a method does not do on one module of each kind what an adapter must do."""
+    with torch.random.fork_rng(devices=[]):
+        adapted = try_on(trial, config, adapter_name).eval()
+        try:
+            problems = method_problems(adapted, base, modules)
+        except Exception as error:  # whatever PEFT's code for the method meets
+            problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        raise ConfigError(f"{method_of(config)} does not work on these modules: {as_report(problems)}")
 
 
 def _refuse_start(model: nn.Module, plan: Plan) -> None:
@@ -135,13 +200,19 @@ def _lora_config(plan: Plan) -> LoraConfig:
         raise ConfigError(f"PEFT refuses these settings: {error}") from error
 
 
-def try_on(trial: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
-    """Wrap a model without weights, so that whatever PEFT refuses is known before the real one is touched."""
+def try_on(trial: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
+    """Wrap a copy of a model, so that whatever PEFT refuses is known before the real one is touched.
+
+    Args:
+        trial: Without weights for LoRA; other methods may read those of the modules that they wrap.
+        config: Stays as it is.
+        adapter_name: PEFT's name for the adapter.
+    """
     config = copy.deepcopy(config)
-    if str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
+    if isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
         config.init_lora_weights = True
     try:
-        adapted = wrap(trial, config, adapter_name, low_cpu_mem_usage=True)
+        adapted = wrap(trial, config, adapter_name, low_cpu_mem_usage=isinstance(config, LoraConfig))
         adapter_tensors(adapted, adapter_name)  # which reads further settings
     except Exception as error:  # PEFT checks little: a wrong type may surface as anything
         raise ConfigError(f"PEFT refuses these settings ({type(error).__name__}): {error}") from error
@@ -149,7 +220,7 @@ def try_on(trial: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel
 
 
 def wrap(
-    model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False
+    model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool = False
 ) -> PeftModel:
     config.base_model_name_or_path = None  # PEFT takes it from the model, and warns about any other
     with garbage_left():
@@ -173,15 +244,34 @@ def garbage_left() -> Iterator[None]:
 def _check_wrapped(adapted: PeftModel, adapter_name: str, plan: Plan) -> None:
     """Compare what PEFT wrapped, and how strongly, with the plan."""
     found = strengths_of(inner_model(adapted), adapter_name)
-    problems = [f"{name}: not wrapped" for name in plan.modules if name not in found]
-    problems += [f"{name}: wrapped without being asked for" for name in found if name not in plan.modules]
-    problems += [
-        f"{name}: {found[name]}, asked for {wanted}"
-        for name, wanted in plan.modules.items()
-        if found.get(name, wanted) != wanted
+    _check_modules(
+        adapted,
+        adapter_name,
+        plan.modules,
+        plan.saved,
+        [
+            f"{name}: {found[name]}, asked for {wanted}"
+            for name, wanted in plan.modules.items()
+            if found.get(name, wanted) != wanted
+        ],
+    )
+
+
+def _check_modules(
+    adapted: PeftModel,
+    adapter_name: str,
+    modules: Collection[str],
+    saved: Collection[str],
+    problems: Sequence[str] = (),
+) -> None:
+    inner = inner_model(adapted)
+    found, whole = modules_with(inner, adapter_name), saved_modules(inner)
+    problems = [
+        *problems,
+        *(f"{name}: not wrapped" for name in modules if name not in found),
+        *(f"{name}: wrapped without being asked for" for name in found if name not in modules),
+        *(f"{name}: not trained whole" for name in saved if name not in whole),
+        *(f"{name}: trained whole without being asked for" for name in whole if name not in saved),
     ]
-    whole = saved_modules(inner_model(adapted))
-    problems += [f"{name}: not trained whole" for name in plan.saved if name not in whole]
-    problems += [f"{name}: trained whole without being asked for" for name in whole if name not in plan.saved]
     if problems:
         raise TargetError(f"PEFT did not wrap the modules as requested: {as_report(problems)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -17,11 +17,15 @@ from sam3_lora.errors import AdapterError
 from sam3_lora.fingerprint import base_fingerprint
 from sam3_lora.plan import Strength
 
-PREFIX = "base_model.model."  # of every key in PEFT's file format
+PEFT_PREFIX = "base_model."  # of every key in PEFT's file format
+PREFIX = PEFT_PREFIX + "model."  # of those that belong to a module
+
+NO_WRAPPER = "PEFT wrapped this model without sam3-lora; pass the PeftModel instead of the model inside"
 
 _BASE_CHILDREN = ("base_layer.", "original_module.")
 _ORIGINS = "_sam3_lora_origins"
 _FINGERPRINT = "_sam3_lora_fingerprint"
+_WRAPPER = "_sam3_lora_wrapper"
 
 
 class ParameterCount(NamedTuple):
@@ -53,6 +57,25 @@ def inner_model(model: nn.Module) -> nn.Module:
     return inner
 
 
+def remember_wrapper(wrapper: PeftModel) -> None:
+    """Let the model inside know the ``PeftModel`` around it, so that either stands for both."""
+    # In a tuple, or torch would take it for a child.
+    setattr(inner_model(wrapper), _WRAPPER, (wrapper,))
+
+
+def forget_wrapper(inner: nn.Module) -> None:
+    """Undo :func:`remember_wrapper`."""
+    inner.__dict__.pop(_WRAPPER, None)
+
+
+def known_wrapper(model: nn.Module) -> PeftModel | None:
+    """Return the ``PeftModel`` around a model, or the model itself if it is one; ``None`` where it is not known."""
+    if isinstance(model, PeftModel):
+        return model
+    (wrapper,) = getattr(model, _WRAPPER, (None,))
+    return wrapper if isinstance(wrapper, PeftModel) and wrapper.get_base_model() is model else None
+
+
 def adapted_modules(model: nn.Module) -> list[str]:
     """Return the official names of the modules that carry an adapter, in the order of the model.
 
@@ -70,8 +93,17 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
+def modules_with(inner: nn.Module, adapter_name: str) -> list[str]:
+    """Return the official names of the modules that an adapter of any method wraps."""
+    return [
+        name
+        for name, module in inner.named_modules()
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
+    ]
+
+
 def strengths_of(inner: nn.Module, adapter_name: str) -> dict[str, Strength]:
-    """Return r and alpha of every module that an adapter wraps, by official name."""
+    """Return r and alpha of every module that a LoRA adapter wraps, by official name; of another method, nothing."""
     return {
         name: Strength(module.r[adapter_name], module.lora_alpha[adapter_name])
         for name, module in inner.named_modules()
@@ -85,18 +117,39 @@ def adapter_layers(inner: nn.Module, adapter_name: str) -> dict[str, Any]:
     Raises:
         AdapterError: If there is no such adapter, it is not LoRA, or it is merged into the base.
     """
-    config_of(inner, adapter_name)
+    lora_config_of(inner, adapter_name)
     layers: dict[str, Any] = {
         n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r
     }
+    _refuse_none_or_merged(layers, adapter_name)
+    return layers
+
+
+def trained_layers(inner: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Return the layers that an adapter of any method wraps or trains whole, by the official name of the module.
+
+    Raises:
+        AdapterError: If there is no such adapter, or it is merged into the base.
+    """
+    config_of(inner, adapter_name)
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in inner.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+        and adapter_name in module._get_available_adapters()
+    }
+    _refuse_none_or_merged(layers, adapter_name)
+    return layers
+
+
+def _refuse_none_or_merged(layers: Mapping[str, Any], adapter_name: str) -> None:
     if not layers:
-        raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer")
-    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise AdapterError(f"adapter {adapter_name!r} has no layer")
+    if merged := [name for name, layer in layers.items() if layer.merged_adapters]:
         raise AdapterError(
             f"adapter {adapter_name!r} is merged into the base, in {len(merged)} of {len(layers)} modules; "
             "call unmerge_adapter() of its PeftModel first"
         )
-    return layers
 
 
 def share_identities(model: nn.Module, adapter_name: str) -> None:
@@ -115,12 +168,22 @@ def share_identities(model: nn.Module, adapter_name: str) -> None:
 
 def adapter_parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
     """Return the tensors of an adapter in one layer by their names in it, such as ``lora_A.default.weight``."""
-    inside = tuple(f"{container}.{adapter_name}." for container in layer.adapter_layer_names)
+    whole = isinstance(layer, ModulesToSaveWrapper)
+    containers = ("modules_to_save",) if whole else layer.adapter_layer_names
+    inside = tuple(f"{container}.{adapter_name}." for container in containers)
     return {n: p for n, p in layer.named_parameters() if f"{n}.".startswith(inside)}
 
 
 def set_weight_change(layer: Any, adapter_name: str, size: float, generator: torch.Generator) -> None:
-    """Give ``lora_B`` random values, so that the weight changes by ``size`` times its own norm (1, if it is zero)."""
+    """Give ``lora_B`` random values, so that the weight changes by ``size`` times its own norm (1, if it is zero).
+
+    Where the method is not LoRA, or the layer is trained whole, each tensor of the adapter changes by ``size`` times its
+    own size.
+    """
+    is_lora: bool = isinstance(layer, LoraLayer)
+    if not is_lora:
+        _change_tensors(adapter_parameters(layer, adapter_name).values(), size, generator)
+        return
     b: nn.Parameter = layer.lora_B[adapter_name].weight
     with torch.no_grad():
         b.copy_(torch.randn(b.shape, generator=generator))
@@ -128,6 +191,13 @@ def set_weight_change(layer: Any, adapter_name: str, size: float, generator: tor
         norm = weight.detach().float().norm() if weight.is_floating_point() else torch.ones(())
         change = layer.get_delta_weight(adapter_name).float().norm()
         b.mul_((size * (norm if norm > 0 else torch.ones_like(norm)) / change).to(b.dtype))
+
+
+def _change_tensors(tensors: Iterable[nn.Parameter], size: float, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for tensor in tensors:
+            unit = tensor.float().square().mean().sqrt().item() or 1.0
+            tensor.add_((size * unit * torch.randn(tensor.shape, generator=generator)).to(tensor))
 
 
 def base_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -175,20 +245,46 @@ def saved_modules(inner: nn.Module) -> list[str]:
     return [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
-def config_of(inner: nn.Module, adapter_name: str) -> LoraConfig:
-    configs: Mapping[str, LoraConfig] = getattr(inner, "peft_config", {})
+def config_of(inner: nn.Module, adapter_name: str) -> PeftConfig:
+    configs: Mapping[str, PeftConfig] = getattr(inner, "peft_config", {})
     if adapter_name not in configs:
         raise AdapterError(f"this model has no adapter {adapter_name!r}; it has {sorted(configs) or 'none'}")
     return configs[adapter_name]
 
 
+def lora_config_of(inner: nn.Module, adapter_name: str) -> LoraConfig:
+    """Return the settings of a LoRA adapter.
+
+    Raises:
+        AdapterError: If there is no such adapter, or it is of another method, whose arithmetic is another.
+    """
+    config = config_of(inner, adapter_name)
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(
+            f"adapter {adapter_name!r} is {method_of(config)}; only LoRA can be scaled, combined or swapped in place"
+        )
+    return config
+
+
+def method_of(config: PeftConfig) -> str:
+    """Return PEFT's name of a method, such as ``LORA``, from its settings."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return the adapter's tensors under the keys of PEFT's file format."""
+    """Return the adapter's tensors under the keys of PEFT's file format.
+
+    Raises:
+        AdapterError: If the method keeps tensors beside the model, and only the model inside is known.
+    """
+    config = config_of(inner_model(model), adapter_name)
+    # Tensors that all layers of a VeRA or VB-LoRA share belong to the PeftModel.
+    outer = inner_model(model) if isinstance(config, LoraConfig) else known_wrapper(model)
+    if outer is None:
+        raise AdapterError(NO_WRAPPER)
     # "auto" would ask the Hub whether the base model's embeddings have been resized.
-    tensors = get_peft_model_state_dict(
-        inner_model(model), adapter_name=adapter_name, save_embedding_layers=False
-    )
-    return {PREFIX + name: tensor for name, tensor in tensors.items()}
+    tensors = get_peft_model_state_dict(outer, adapter_name=adapter_name, save_embedding_layers=False)
+    return {(name if isinstance(outer, PeftModel) else PREFIX + name): t for name, t in tensors.items()}
 
 
 def refuse_adapted(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from sam3_lora.adapter.copies import cloned, copy_model, in_same_memory, without_weights
@@ -24,8 +24,10 @@ from sam3_lora.adapter.layers import (
     adapter_tensors,
     fingerprint_of,
     inner_model,
+    modules_with,
     refuse_adapted,
     remember_origin,
+    remember_wrapper,
     share_identities,
     strengths_of,
 )
@@ -33,7 +35,6 @@ from sam3_lora.adapter.wrapper import (
     check_name,
     has_adapters,
     refuse_merged,
-    remember_wrapper,
     remove_adapter,
     try_beside,
     wrapper_of,
@@ -156,28 +157,30 @@ def refuse_misfits(
             f"{reason} changes weights of the base in place, which the adapters that are there stand on; load it into a "
             "base of its own"
         )
-    trial = inner_model(model)
+    trial = model
     try:
         trial = _tried(model, saved.config, adapter_name)
         wanted = adapter_tensors(trial, adapter_name)
     except ConfigError as error:
         problems.append(str(error))
     else:
-        strengths = strengths_of(trial, adapter_name)
-        problems += [
-            f"{name}: {reason}" for name, reason in uncalled_modules(inner_model(model), strengths).items()
-        ]
+        inner = inner_model(trial)
+        uncalled = uncalled_modules(inner_model(model), modules_with(inner, adapter_name))
+        problems += [f"{name}: {reason}" for name, reason in uncalled.items()]
+        strengths = strengths_of(inner, adapter_name)
         problems += number_problems({}, {name: s.lora_alpha for name, s in strengths.items()})
         problems += _tensor_problems(saved.tensors, wanted)
     if problems:
         raise AdapterError(f"{str(saved.folder)!r} does not fit this model: {as_report(problems)}")
-    return trial
+    return inner_model(trial)
 
 
-def _tried(model: nn.Module, config: LoraConfig, adapter_name: str) -> nn.Module:
+def _tried(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
     if has_adapters(model):
         return try_beside(wrapper_of(model), config, adapter_name)
-    return inner_model(try_on(split_attention(without_weights(model)), config, adapter_name))
+    lora = isinstance(config, LoraConfig)
+    trial = without_weights(model) if lora else copy_model(model, in_same_memory)
+    return try_on(split_attention(trial), config, adapter_name)
 
 
 def _against_record(saved: SavedAdapter, record: AdapterRecord, fingerprint: Mapping[str, str]) -> list[str]:
@@ -199,6 +202,11 @@ def _against_record(saved: SavedAdapter, record: AdapterRecord, fingerprint: Map
     return problems
 
 
+def _is_alike(found: Tensor, wanted: Tensor | None) -> bool:
+    """Whether a tensor is a float or, as the indices of sparse methods, of the very type that is wanted."""
+    return found.is_floating_point() or (wanted is not None and found.dtype == wanted.dtype)
+
+
 def _tensor_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
     missing = [f"{name}: missing in the file" for name in wanted if name not in found]
     unexpected = [f"{name}: no place in the model" for name in found if name not in wanted]
@@ -210,6 +218,6 @@ def _tensor_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
     not_numbers = [
         f"{name}: {'holds NaN or infinity' if tensor.is_floating_point() else f'is {tensor.dtype}'}"
         for name, tensor in found.items()
-        if not (tensor.is_floating_point() and torch.isfinite(tensor).all())
+        if not (_is_alike(tensor, wanted.get(name)) and torch.isfinite(tensor).all())
     ]
     return missing + unexpected + misshaped + not_numbers

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sam3_lora.adapter.conversion import as_plain_lora, plain_strength
+from sam3_lora.adapter.conversion import as_plain_lora, plain_strength, start_changes_base
 from sam3_lora.adapter.files import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, changes_base
 from sam3_lora.adapter.layers import (
     Origin,
@@ -19,6 +19,8 @@ from sam3_lora.adapter.layers import (
     config_of,
     fingerprint_of,
     inner_model,
+    method_of,
+    modules_with,
     origin_of,
     strengths_of,
 )
@@ -63,7 +65,7 @@ def save_adapter(
         for name, tensor in adapter_tensors(inner, adapter_name).items()
     }
     origin = _origin(inner, adapter_name, config, prompts, training)
-    if origin.initial:
+    if origin.initial and isinstance(config, LoraConfig):
         config, tensors = as_plain_lora(config, tensors, origin.initial)
     made_for = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__}
     folder = Path(folder)
@@ -93,7 +95,7 @@ def _refuse_to_replace(folder: Path) -> None:
 def _origin(
     inner: nn.Module,
     adapter_name: str,
-    config: LoraConfig,
+    config: PeftConfig,
     prompts: Sequence[str] | None,
     training: Mapping[str, Any] | None,
 ) -> Origin:
@@ -112,12 +114,12 @@ def _origin(
 def _record(
     inner: nn.Module, adapter_name: str, origin: Origin, tensors: Mapping[str, Tensor], folder: Path
 ) -> AdapterRecord:
-    modules = strengths_of(inner, adapter_name)
+    strengths = strengths_of(inner, adapter_name)
     return AdapterRecord(
         base=config_of(inner, adapter_name).base_model_name_or_path,
         base_fingerprint=origin.base_fingerprint,
-        preset=preset_of(modules, (name for name, _ in inner.named_modules())),
-        modules=len(modules),
+        preset=preset_of(strengths, (name for name, _ in inner.named_modules())) if strengths else None,
+        modules=len(modules_with(inner, adapter_name)),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         config_sha256=config_digest(folder / CONFIG_FILE),
         weights_sha256=file_digest(folder / WEIGHTS_FILE),
@@ -126,8 +128,13 @@ def _record(
     )
 
 
-def _card(inner: nn.Module, adapter_name: str, config: LoraConfig, record: AdapterRecord) -> str:
-    modules = strengths_of(inner, adapter_name)
-    if config.r != config_of(inner, adapter_name).r:  # converted
-        modules = {name: plain_strength(strength, config.use_rslora) for name, strength in modules.items()}
-    return model_card(record.base, record.preset, modules, record.parameters)
+def _card(inner: nn.Module, adapter_name: str, config: PeftConfig, record: AdapterRecord) -> str:
+    if not isinstance(config, LoraConfig):
+        modules = dict.fromkeys(modules_with(inner, adapter_name), None)
+        return model_card(record.base, record.preset, modules, record.parameters, method_of(config))
+    strengths = strengths_of(inner, adapter_name)
+    if start_changes_base(config_of(inner, adapter_name)):  # converted
+        strengths = {
+            name: plain_strength(strength, config.use_rslora) for name, strength in strengths.items()
+        }
+    return model_card(record.base, record.preset, strengths, record.parameters)

@@ -6,29 +6,24 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from sam3_lora.adapter.copies import without_weights
-from sam3_lora.adapter.layers import adapter_tensors, forget_origins, inner_model
+from sam3_lora.adapter.copies import copy_model, in_same_memory, without_weights
+from sam3_lora.adapter.layers import (
+    NO_WRAPPER,
+    adapter_tensors,
+    forget_origins,
+    inner_model,
+    known_wrapper,
+    remember_wrapper,
+)
 from sam3_lora.errors import AdapterError, ConfigError, did_you_mean
 
 BASE = "base"  # stands for the model without adapters wherever an adapter is named
-
-_WRAPPER = "_sam3_lora_wrapper"
-
-
-def remember_wrapper(wrapper: PeftModel) -> None:
-    """Let the model inside know the ``PeftModel`` around it, so that either stands for both."""
-    # In a tuple, or torch would take it for a child.
-    setattr(inner_model(wrapper), _WRAPPER, (wrapper,))
-
-
-def forget_wrapper(inner: nn.Module) -> None:
-    """Undo :func:`remember_wrapper`."""
-    inner.__dict__.pop(_WRAPPER, None)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -42,17 +37,12 @@ def wrapper_of(model: nn.Module) -> PeftModel:
     Raises:
         AdapterError: If the model has no adapter, or plain PEFT wrapped it and only the model inside was given.
     """
-    inner = inner_model(model)
     if not has_adapters(model):
         raise AdapterError("this model has no adapter; add one with load_adapter or get_peft_sam3")
-    if isinstance(model, PeftModel):
-        remember_wrapper(model)
-        return model
-    (wrapper,) = getattr(inner, _WRAPPER, (None,))
-    if not isinstance(wrapper, PeftModel) or wrapper.get_base_model() is not inner:
-        raise AdapterError(
-            "PEFT wrapped this model without sam3-lora; pass the PeftModel instead of the model inside"
-        )
+    wrapper = known_wrapper(model)
+    if wrapper is None:
+        raise AdapterError(NO_WRAPPER)
+    remember_wrapper(wrapper)
     return wrapper
 
 
@@ -130,30 +120,35 @@ def check_unpadded(inner: nn.Module, adapter_name: str) -> None:
         AdapterError: If they were padded for hot swapping, so that a file of them would not load.
     """
     for layer in switchable_layers(inner):
-        for name, r in getattr(layer, "r", {}).items():
-            if name == adapter_name and name in layer.lora_A and len(layer.lora_A[name].weight) != r:
-                raise AdapterError(
-                    f"adapter {name!r} was padded to a higher rank for hot swapping; copy the folder that it came from"
-                )
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
+        padded: Any = layer.lora_A[adapter_name]
+        if len(padded.weight) != layer.r[adapter_name]:
+            raise AdapterError(
+                f"adapter {adapter_name!r} was padded to a higher rank for hot swapping; copy the folder that it came from"
+            )
 
 
-def try_beside(wrapper: PeftModel, config: LoraConfig, adapter_name: str) -> nn.Module:
-    """Add an adapter to a copy of an adapted model without weights, and return the model inside.
+def try_beside(wrapper: PeftModel, config: PeftConfig, adapter_name: str) -> PeftModel:
+    """Add an adapter to a copy of an adapted model without weights, or for other methods than LoRA, one around the same
+    weights.
 
     Raises:
         ConfigError: If PEFT refuses it there.
     """
-    trial: Any = without_weights(wrapper)
-    inner = trial.get_base_model()
+    lora = isinstance(config, LoraConfig)
+    trial = without_weights(wrapper) if lora else copy_model(wrapper, in_same_memory)
+    assert isinstance(trial, PeftModel)
+    inner: Any = trial.get_base_model()
     inner.peft_config = (
         trial.base_model.peft_config
     )  # one dict, as in the original; they were copied one by one
     try:
-        trial.add_adapter(adapter_name, copy.deepcopy(config), low_cpu_mem_usage=True)
+        trial.add_adapter(adapter_name, copy.deepcopy(config), low_cpu_mem_usage=lora)
         adapter_tensors(trial, adapter_name)
     except Exception as error:  # PEFT checks little: a wrong type may surface as anything
         raise ConfigError(f"PEFT refuses these settings ({type(error).__name__}): {error}") from error
-    return inner_model(trial)
+    return trial
 
 
 def remove_adapter(wrapper: PeftModel, adapter_name: str) -> None:
