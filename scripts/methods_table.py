@@ -16,9 +16,11 @@ import peft
 import torch
 from sam3.model.data_misc import FindStage
 
-from sam3_lora import Sam3LoraError, get_peft_sam3, load_adapter, load_base, save_adapter
+from sam3_lora import Sam3LoraError, dataset_losses, get_peft_sam3, load_adapter, load_base, save_adapter
 from sam3_lora.adapter.methods import REFUSED
+from sam3_lora.adapter.starting import FROM_DATA
 from sam3_lora.components import COMPONENTS, PATTERNS
+from sam3_lora.data.shapes import PRETRAINING_CONCEPTS, write_coco
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "methods.md"
 
@@ -34,6 +36,8 @@ LORA: dict[str, Method] = {
     "`lora_dropout`": {"lora_dropout": 0.1},
     "`lora_bias`": {"lora_bias": True},
     '`bias="lora_only"`': {"bias": "lora_only"},
+    "EVA": {"init_lora_weights": "eva"},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
 }
 #: Settings of every other method that PEFT has for Linear layers, small enough for the tiny model.
 OTHERS: dict[str, Method] = {
@@ -45,7 +49,7 @@ OTHERS: dict[str, Method] = {
     "IA3": peft.IA3Config(),
     "VeRA": peft.VeraConfig(r=2),
     "PVeRA": peft.PveraConfig(r=2),
-    "RandLoRA": peft.RandLoraConfig(r=2),
+    "RandLoRA": peft.RandLoraConfig(r=2, randlora_alpha=4),
     "VB-LoRA": peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=1),
     "UniLoRA": peft.UniLoraConfig(r=2),
     "TinyLoRA": peft.TinyLoraConfig(r=2),
@@ -89,6 +93,20 @@ With rank 2. Each is a keyword of [`get_peft_sam3`](python-api.md#get_peft_sam3)
 `--set use_dora=true`; `init_lora_weights` for PiSSA, OLoRA, orthogonal and gaussian.
 
 {lora}
+
+### Start from data
+
+EVA starts A from the main directions of what enters each module and moves ranks to where they explain most; LoRA-GA starts
+A and B from the gradients of the weights, and needs memory for those of all adapted modules. Both run over images of
+`train/` first, here two of the pretraining's:
+
+```python
+steps = sam3_lora.dataset_losses("my_dataset", images=16)
+model = get_peft_sam3(load_base(), "balanced", init_lora_weights="eva", init_data=steps)
+```
+
+For training: `--set init_lora_weights=eva --set adapter.init_data=my_dataset`. Ranks, and with them the number of
+parameters, are EVA's own afterwards (`eva_config=peft.EvaConfig(rho=1)` keeps them). Both are saved as plain LoRA.
 
 ## Other methods
 
@@ -195,13 +213,21 @@ def _try_kinds(component: str, kinds: list[str], method: Method) -> str:
 def _adapted(base: Any, method: Method, **places: Any) -> Any:
     if isinstance(method, peft.PeftConfig):
         return get_peft_sam3(base, method, **places)
-    return get_peft_sam3(base, r=2, **places, **method)
+    from_data = method.get("init_lora_weights") in FROM_DATA
+    with tempfile.TemporaryDirectory() as folder:
+        if from_data:
+            write_coco(Path(folder) / "train", PRETRAINING_CONCEPTS[:2], 2, seed=0)
+        steps = dataset_losses(folder) if from_data else None
+        return get_peft_sam3(base, r=2, init_data=steps, **places, **method)
 
 
 def _reason(error: Exception) -> str:
     """Return the last line of an error without the names of modules, of which there may be many."""
     line = str(error).splitlines()[-1].strip().removeprefix("- ")
-    line = re.sub(r"[\w]+(\.[\w]+)+: ", "", line)
+    line = re.sub(r"^.*(cannot start from these weights|does not work on these modules): ", "", line)
+    line = re.sub(r"\w+(\.\w+)+: ", "", line)
+    line = re.sub(r"PEFT refuses these settings \((\w+)\): ", r"\1: ", line)
+    line = re.sub(r"KeyError: .*", "KeyError: it has no place for some modules", line)
     line = re.sub(
         r"\w+ does not support target modules of type <class '.*Conv2d'> yet", "Conv2d is not supported", line
     )

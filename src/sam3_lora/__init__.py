@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.launch import TrainResult as TrainResult
     from sam3_lora.training.launch import TrainSettings as TrainSettings
+    from sam3_lora.training.starts import dataset_losses as dataset_losses
     from sam3_lora.verification import Verification as Verification
     from sam3_lora.verification import verify_adapter as verify_adapter
 
@@ -74,6 +75,7 @@ _MODULES = {
     "check_dataset": "data.check",
     "combine_adapters": "adapter",
     "count_parameters": "adapter",
+    "dataset_losses": "training.starts",
     "delete_adapter": "adapter",
     "disable_adapter": "adapter",
     "doctor": "installation",

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sam3_lora.adapter.layers import adapter_parameters, inner_model, set_weight_change, trained_layers
-from sam3_lora.attention import SplitAttention
 from sam3_lora.base.cpu import enable_cpu_training
 from sam3_lora.components import ROOTS, why_excluded
 from sam3_lora.data.shapes import PLAIN, PRETRAINING_CONCEPTS, render_scene
 from sam3_lora.errors import ConfigError
 from sam3_lora.evaluation.batches import evaluating, probe_batch
 from sam3_lora.inference import resolution_of
-from sam3_lora.training.losses import configured_losses, training_loss
+from sam3_lora.training.losses import noise_free_loss
 
 from sam3.model.geometry_encoders import Prompt  # isort: skip  (after the modules that stand in for triton)
 from sam3.model.sam3_image import Sam3Image  # isort: skip
@@ -30,7 +29,6 @@ LEAST_MOVEMENT = 100.0  # in multiples of the noise: below, a change cannot be t
 _OUTPUTS = ("pred_logits", "pred_boxes", "pred_masks", "semantic_seg", "presence_logit_dec")
 _CHANGES = (1.0, 10.0)  # of a weight, relative to its norm; the second only where the first moves nothing
 _CHANGE_FOR_GRADIENT = 0.1  # of all weights at once; at zero, A would have no gradient
-_RANDOM_IN_TRAINING = (nn.modules.dropout._DropoutNd, SplitAttention, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
@@ -222,29 +220,13 @@ def _gradients(
     for tensor in tensors:
         tensor.requires_grad_(True)
     with torch.enable_grad():
-        loss = _official_loss(model, batch)
+        loss = noise_free_loss(model, batch)
         gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True))
     largest = {
         name: [0.0 if (g := next(gradients)) is None else g.abs().max().item() for _ in inside]
         for name, inside in parameters.items()
     }
     return {name: min(values) for name, values in largest.items()}
-
-
-def _official_loss(model: Sam3Image, batch: Any) -> Tensor:
-    """Return the loss of our training configs in training mode, but for what is random in it."""
-    losses = configured_losses(model.transformer.decoder.num_queries)
-    matcher = model.matcher
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _RANDOM_IN_TRAINING) or type(module).__name__ == "DropPath":
-            module.training = False
-    try:
-        model.matcher = losses.matcher  # a model that was built for inference has none
-        return training_loss(model, losses, batch)
-    finally:
-        model.matcher = matcher
-        model.eval()
 
 
 def _probe_batch(model: Sam3Image) -> Any:

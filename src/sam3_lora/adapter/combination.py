@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
-from peft import LoraConfig
 from torch import nn
 
 from sam3_lora.adapter.files import changes_base
@@ -17,6 +14,7 @@ from sam3_lora.adapter.layers import (
     adapter_layers,
     inner_model,
     lora_config_of,
+    note_strengths,
     origin_of,
     remember_origin,
     strengths_of,
@@ -148,22 +146,16 @@ def _settle(inner: nn.Module, adapter_name: str, names: list[str]) -> None:
     layers = adapter_layers(inner, adapter_name)
     if layers.keys() != {module for own in old for module in own}:
         raise ValueError(f"the result is on {len(layers)} other modules than they are")
-    ranks = {}
+    strengths = {}
     for name, layer in layers.items():
         a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        r = ranks[name] = min(len(a), sum(own[name].r for own in old if name in own))
+        r = min(len(a), sum(own[name].r for own in old if name in own))
+        strengths[name] = Strength(r, r)
         a.data, b.data = a.data[:r].clone(), b.data[:, :r].clone()
         layer.r[adapter_name] = layer.lora_alpha[adapter_name] = r
         layer.set_scale(adapter_name, 1.0)
-    _note_ranks(lora_config_of(inner, adapter_name), ranks)
-
-
-def _note_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> None:
-    ((commonest, _),) = Counter(ranks.values()).most_common(1)
-    others = {re.escape(name): r for name, r in ranks.items() if r != commonest}
-    config.r = config.lora_alpha = commonest
-    config.rank_pattern, config.alpha_pattern = dict(others), dict(others)
-    config.target_modules = "|".join(map(re.escape, ranks))
+    config = lora_config_of(inner, adapter_name)
+    note_strengths(config, strengths)
     config.inference_mode = True
 
 

@@ -39,6 +39,13 @@ from sam3_lora.adapter.methods import (
     refuse_method,
     trial_model,
 )
+from sam3_lora.adapter.starting import (
+    Step,
+    smallest_side,
+    start_from_gradients,
+    start_from_inputs,
+    start_problems,
+)
 from sam3_lora.adapter.wrapper import check_name
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
@@ -57,6 +64,7 @@ def get_peft_sam3(
     preset: str | Preset | PeftConfig = "balanced",
     *,
     adapter_name: str = "default",
+    init_data: Sequence[Step] | None = None,
     **overrides: Any,
 ) -> PeftModel:
     """Add a fresh adapter to a SAM3 image model, in place, and return the ``PeftModel`` around it.
@@ -72,6 +80,7 @@ def get_peft_sam3(
             such as ``LoHaConfig(r=8, alpha=16)``: its ``target_modules`` are adapted, or else the components and kinds of
             "balanced". See docs/reference/methods.md for what works where.
         adapter_name: PEFT's name for the adapter.
+        init_data: What ``init_lora_weights="eva"`` and ``"lora_ga"`` start from, as of :func:`sam3_lora.dataset_losses`.
         **overrides: ``components`` and ``kinds`` to adapt; ``r`` and ``lora_alpha``, a number or one per
             component; ``last_n_vision_blocks``, to leave out the blocks before them; and every other field of PEFT's
             ``LoraConfig``. ``train_also`` names parts that are trained whole: some of :data:`sam3_lora.train_also.WORDS`,
@@ -90,17 +99,26 @@ def get_peft_sam3(
         refuse_method(preset)
     if isinstance(preset, LoraConfig):
         overrides = {**lora_settings(preset), **overrides}
-        adapted = _add_lora(model, get_preset("balanced"), adapter_name, overrides)
+        adapted = _add_lora(model, get_preset("balanced"), adapter_name, overrides, init_data)
     elif isinstance(preset, PeftConfig):
         adapted = _add_other_method(model, preset, adapter_name, overrides)
     else:
         preset = get_preset(preset) if isinstance(preset, str) else preset
-        adapted = _add_lora(model, preset, adapter_name, overrides)
+        adapted = _add_lora(model, preset, adapter_name, overrides, init_data)
     remember_wrapper(adapted)
     return adapted
 
 
-def _add_lora(model: nn.Module, preset: Preset, adapter_name: str, overrides: Mapping[str, Any]) -> PeftModel:
+def _add_lora(
+    model: nn.Module,
+    preset: Preset,
+    adapter_name: str,
+    overrides: Mapping[str, Any],
+    init_data: Sequence[Step] | None,
+) -> PeftModel:
+    init = overrides.get("init_lora_weights")
+    if problems := start_problems(init, init_data):
+        raise ConfigError(as_report(problems))
     trial = split_attention(without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
     _refuse_start(trial, plan)
@@ -111,8 +129,13 @@ def _add_lora(model: nn.Module, preset: Preset, adapter_name: str, overrides: Ma
     if "base_model_name_or_path" in plan.lora_config:
         model.name_or_path = plan.lora_config["base_model_name_or_path"]
     origin = Origin(fingerprint_of(model))  # now: PiSSA and its like change the base
-    adapted = wrap(split_attention(model), _lora_config(plan), adapter_name)
+    config, split = _lora_config(plan), split_attention(model)
+    gradients = start_from_gradients(split, config, init_data or ()) if init == "lora_ga" else None
+    with gradients or contextlib.nullcontext():
+        adapted = wrap(split, config, adapter_name)
     _check_wrapped(adapted, adapter_name, plan)
+    if init == "eva":
+        _start_or_unload(adapted, adapter_name, init_data or ())
     remember_origin(
         adapted, adapter_name, dataclasses.replace(origin, initial=_initial(adapted, adapter_name))
     )
@@ -150,6 +173,14 @@ def _refuse_failing(
         raise ConfigError(f"{method_of(config)} does not work on these modules: {as_report(problems)}")
 
 
+def _start_or_unload(adapted: PeftModel, adapter_name: str, steps: Sequence[Step]) -> None:
+    try:
+        start_from_inputs(adapted, adapter_name, steps)
+    except BaseException:  # also Ctrl-C
+        adapted.unload()
+        raise
+
+
 def _refuse_start(model: nn.Module, plan: Plan) -> None:
     """Raise if the adapter is to start from weights, and PEFT cannot take those apart; the trial has none to try it on."""
     start = plan.lora_config.get("init_lora_weights")
@@ -160,9 +191,10 @@ def _refuse_start(model: nn.Module, plan: Plan) -> None:
         module: Any = model.get_submodule(name)
         if not isinstance(module, nn.Linear):
             problems.append(f"{name}: is no Linear; leave out kind 'conv'")
-        elif strength.r > min(module.weight.shape):
+        elif smallest_side(start, strength.r) > min(module.weight.shape):
+            half = "half " if start == "lora_ga" else ""
             problems.append(
-                f"{name}: r = {strength.r} is more than its smaller side, {min(module.weight.shape)}"
+                f"{name}: r = {strength.r} is more than {half}its smaller side, {min(module.weight.shape)}"
             )
     if problems:
         raise ConfigError(

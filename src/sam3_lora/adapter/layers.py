@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -109,6 +111,17 @@ def strengths_of(inner: nn.Module, adapter_name: str) -> dict[str, Strength]:
         for name, module in inner.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+
+
+def note_strengths(config: LoraConfig, strengths: Mapping[str, Strength]) -> None:
+    """Let the settings of an adapter say of each module what it has, in names that match no other."""
+    ((common, _),) = Counter(strengths.values()).most_common(1)
+    config.r, config.lora_alpha = common.r, common.lora_alpha  # type: ignore[assignment]  # PEFT takes floats
+    config.rank_pattern = {re.escape(n): s.r for n, s in strengths.items() if s.r != common.r}
+    config.alpha_pattern = {
+        re.escape(n): s.lora_alpha for n, s in strengths.items() if s.lora_alpha != common.lora_alpha
+    }
+    config.target_modules = "|".join(map(re.escape, strengths))
 
 
 def adapter_layers(inner: nn.Module, adapter_name: str) -> dict[str, Any]:

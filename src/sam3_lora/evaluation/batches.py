@@ -39,24 +39,31 @@ from sam3.train.transforms.basic_for_api import (  # noqa: E402
     RandomResizeAPI,
     ToTensorAPI,
 )
+from sam3.train.transforms.segmentation import DecodeRle  # noqa: E402
 
 # Asked of an image at once; the rest in further turns, so that memory does not grow with the number of categories.
 _MAX_PROMPTS = 32
 
 
-def open_split(images: Path, annotation_file: Path, resolution: int) -> Any:
-    """Return the official validation dataset of a COCO split: every category is asked of every image."""
+def open_split(images: Path, annotation_file: Path, resolution: int, *, masks: bool = False) -> Any:
+    """Return the official validation dataset of a COCO split: every category is asked of every image.
+
+    Args:
+        images: Folder that the file names in the annotations start from.
+        annotation_file: COCO JSON.
+        resolution: Side in pixels that images are resized to.
+        masks: Load the masks of the objects, which a loss needs; COCOeval reads them from the file itself.
+    """
     loader = functools.partial(COCO_FROM_JSON, include_negatives=True, category_chunk_size=_MAX_PROMPTS)
     with silence():
         return Sam3ImageDataset(
             img_folder=str(images),
             ann_file=str(annotation_file),
-            transforms=[official_transforms(resolution)],
+            transforms=[*([DecodeRle()] if masks else []), official_transforms(resolution)],
             max_ann_per_img=100_000,
             multiplier=1,
             training=False,
-            # The model does not look at the masks; COCOeval reads them from the file.
-            load_segmentation=False,
+            load_segmentation=masks,
             coco_json_loader=loader,
         )
 
@@ -185,8 +192,12 @@ def _add_objects(
 
 def _batch_with_targets(datapoints: list[Any], resolution: int, device: str | torch.device) -> Any:
     transform = official_transforms(resolution)
-    transformed = [transform(datapoint) for datapoint in datapoints]
-    batch = collate_fn_api(transformed, dict_key="all", with_seg_masks=True)["all"]
+    return batch_of([transform(datapoint) for datapoint in datapoints], device)
+
+
+def batch_of(datapoints: list[Any], device: str | torch.device) -> Any:
+    """Return the official batch of transformed datapoints, with targets and masks."""
+    batch = collate_fn_api(datapoints, dict_key="all", with_seg_masks=True)["all"]
     return copy_data_to_device(batch, torch.device(device))
 
 

@@ -13,18 +13,20 @@ from sam3_lora.adapter import get_peft_sam3, load_adapter
 from sam3_lora.adapter.copies import is_quantised
 from sam3_lora.base.checkpoint import DEFAULT
 from sam3_lora.base.loading import load_base
+from sam3_lora.training.starts import dataset_losses
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (the modules above stand in for triton)
 
 
 def build_sam3_lora_model(
     base: str = DEFAULT,
-    preset: str = "balanced",
+    preset: Any = "balanced",
     overrides: Mapping[str, Any] | None = None,
     adapter_path: str | None = None,
     enable_segmentation: bool = True,
     eval_mode: bool = False,
     quantization: str | None = None,
+    init_data: str | None = None,
 ) -> Sam3Image:
     """Return a base with LoRA injected, on the CPU, for the official trainer, which moves it.
 
@@ -33,12 +35,14 @@ def build_sam3_lora_model(
 
     Args:
         base: As for :func:`sam3_lora.load_base`.
-        preset: As for :func:`sam3_lora.get_peft_sam3`.
+        preset: As for :func:`sam3_lora.get_peft_sam3`; in a config, settings of another method name their class with
+            ``_target_``.
         overrides: Keywords of :func:`sam3_lora.get_peft_sam3` that replace parts of the preset.
         adapter_path: Folder of a saved adapter to start from; ``preset`` and ``overrides`` are then not used.
         enable_segmentation: Build the segmentation head.
         eval_mode: Return the model in eval mode.
         quantization: As for :func:`sam3_lora.load_base`. The model is then on the GPU of this process already.
+        init_data: Folder of the dataset that an adapter with ``init_lora_weights="eva"`` or ``"lora_ga"`` starts from.
     """
     # Quantised weights are made where they stay.
     on_gpu = quantization is not None and torch.cuda.is_available()
@@ -52,7 +56,8 @@ def build_sam3_lora_model(
     if adapter_path is not None:
         adapted = load_adapter(model, adapter_path, is_trainable=not eval_mode)
     else:
-        adapted = get_peft_sam3(model, preset=preset, **(overrides or {}))
+        steps = dataset_losses(init_data) if init_data else None
+        adapted = get_peft_sam3(model, preset=preset, init_data=steps, **(overrides or {}))
     inner: Sam3Image = adapted.get_base_model()
     _keep_from_ddp(inner)
     return inner

@@ -7,7 +7,11 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
+
+from sam3_lora.attention import SplitAttention
+
+_RANDOM_IN_TRAINING = (nn.modules.dropout._DropoutNd, SplitAttention, nn.MultiheadAttention)
 
 
 def configured_losses(num_queries: int) -> Any:
@@ -35,3 +39,25 @@ def training_loss(model: Any, losses: Any, batch: Any) -> Tensor:
     targets = [model.back_convert(target) for target in batch.find_targets]
     loss: Tensor = losses(stages, targets)["core_loss"]
     return loss
+
+
+def noise_free_loss(model: Any, batch: Any) -> Tensor:
+    """Return the loss of our training configs as in training, but without dropout and DropPath.
+
+    Args:
+        model: A ``Sam3Image``; its modes are as before afterwards.
+        batch: As for :func:`training_loss`.
+    """
+    losses = configured_losses(model.transformer.decoder.num_queries)
+    matcher, modes = model.matcher, [(module, module.training) for module in model.modules()]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _RANDOM_IN_TRAINING) or type(module).__name__ == "DropPath":
+            module.training = False
+    try:
+        model.matcher = losses.matcher  # a model that was built for inference has none
+        return training_loss(model, losses, batch)
+    finally:
+        model.matcher = matcher
+        for module, training in modes:
+            module.training = training
