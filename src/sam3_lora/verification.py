@@ -6,13 +6,10 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sam3_lora.adapter.layers import adapter_layers, adapter_parameters, inner_model, set_weight_change
@@ -23,6 +20,7 @@ from sam3_lora.data.shapes import PLAIN, PRETRAINING_CONCEPTS, render_scene
 from sam3_lora.errors import ConfigError
 from sam3_lora.evaluation.batches import evaluating, probe_batch
 from sam3_lora.inference import resolution_of
+from sam3_lora.training.losses import configured_losses, training_loss
 
 from sam3.model.geometry_encoders import Prompt  # isort: skip  (after the modules that stand in for triton)
 from sam3.model.sam3_image import Sam3Image  # isort: skip
@@ -234,23 +232,18 @@ def _gradients(
 
 def _official_loss(model: Sam3Image, batch: Any) -> Tensor:
     """Return the loss of our training configs in training mode, but for what is random in it."""
-    config = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
-    config.base.num_queries = model.transformer.decoder.num_queries
-    loss: Any = instantiate(config.loss, normalization="local")  # "global" needs a process group
+    losses = configured_losses(model.transformer.decoder.num_queries)
     matcher = model.matcher
     model.train()
     for module in model.modules():
         if isinstance(module, _RANDOM_IN_TRAINING) or type(module).__name__ == "DropPath":
             module.training = False
     try:
-        model.matcher = loss.matcher  # a model that was built for inference has none
-        stages = model(batch)
-        targets = [model.back_convert(target) for target in batch.find_targets]
-        core: Tensor = loss(stages, targets)["core_loss"]
+        model.matcher = losses.matcher  # a model that was built for inference has none
+        return training_loss(model, losses, batch)
     finally:
         model.matcher = matcher
         model.eval()
-    return core
 
 
 def _probe_batch(model: Sam3Image) -> Any:

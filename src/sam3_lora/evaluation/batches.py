@@ -120,6 +120,55 @@ def probe_batch(
         device: Where to put the batch.
     """
     datapoint = make_datapoint(Image.fromarray(image), [shown, shown, absent])
+    _add_objects(datapoint, masks, boxes_xyxy, asked_by=2)
+    datapoint.find_queries[1].input_bbox = torch.tensor(boxes_xyxy[:1])
+    datapoint.find_queries[1].input_bbox_label = torch.ones(1, dtype=torch.bool)
+    return _batch_with_targets([datapoint], resolution, device)
+
+
+def sized_batch(
+    images: int, prompts: int, objects: int, *, resolution: int, device: str | torch.device = "cpu"
+) -> Any:
+    """Return an official batch with targets of a given size: noise in which rectangles are to be found.
+
+    Each image has so many objects, all of the first prompt, and is asked all prompts: as in training with so many
+    categories. Always the same for the same numbers; objects beyond 256 repeat the rectangles.
+
+    Args:
+        images: In the batch, 1 or more.
+        prompts: Of each image, 1 or more; the same for all images.
+        objects: In each image, 0 or more.
+        resolution: Side in pixels.
+        device: Where to put the batch.
+    """
+    rng = np.random.RandomState(0)
+    boxes = _grid_boxes(objects, resolution)
+    rows, columns = np.mgrid[:resolution, :resolution]
+    masks = np.array(
+        [(columns >= x0) & (columns < x1) & (rows >= y0) & (rows < y1) for x0, y0, x1, y1 in boxes],
+        dtype=bool,
+    )
+    datapoints = []
+    for _ in range(images):
+        noise = rng.randint(0, 256, (resolution, resolution, 3)).astype(np.uint8)
+        datapoint = make_datapoint(Image.fromarray(noise), [f"kind {n + 1}" for n in range(prompts)])
+        _add_objects(datapoint, masks, boxes, asked_by=1)
+        datapoints.append(datapoint)
+    return _batch_with_targets(datapoints, resolution, device)
+
+
+def _grid_boxes(count: int, side: int) -> NDArray[np.float32]:
+    """Return ``(count, 4)`` boxes of whole pixels on a grid of 16 x 16."""
+    cell = side / 16
+    spots = [(n % 16, n // 16 % 16) for n in range(count)]
+    boxes = [(x * cell, y * cell, (x + 0.8) * cell, (y + 0.8) * cell) for x, y in spots]
+    return np.array(boxes, dtype=np.float32).reshape(-1, 4).round()
+
+
+def _add_objects(
+    datapoint: Any, masks: NDArray[np.bool_], boxes_xyxy: NDArray[np.float32], asked_by: int
+) -> None:
+    """Put objects into the one image of a datapoint, as what its first ``asked_by`` prompts ask for."""
     datapoint.images[0].objects = [
         Object(
             bbox=torch.tensor(box),
@@ -130,12 +179,14 @@ def probe_batch(
         )
         for i, (box, mask) in enumerate(zip(boxes_xyxy, masks, strict=True))
     ]
-    for query in datapoint.find_queries[:2]:
+    for query in datapoint.find_queries[:asked_by]:
         query.object_ids_output = list(range(len(masks)))
-    datapoint.find_queries[1].input_bbox = torch.tensor(boxes_xyxy[:1])
-    datapoint.find_queries[1].input_bbox_label = torch.ones(1, dtype=torch.bool)
-    datapoint = official_transforms(resolution)(datapoint)
-    batch = collate_fn_api([datapoint], dict_key="all", with_seg_masks=True)["all"]
+
+
+def _batch_with_targets(datapoints: list[Any], resolution: int, device: str | torch.device) -> Any:
+    transform = official_transforms(resolution)
+    transformed = [transform(datapoint) for datapoint in datapoints]
+    batch = collate_fn_api(transformed, dict_key="all", with_seg_masks=True)["all"]
     return copy_data_to_device(batch, torch.device(device))
 
 

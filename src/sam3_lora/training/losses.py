@@ -1,0 +1,37 @@
+"""The losses of our training configs, outside of a training run."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+
+def configured_losses(num_queries: int) -> Any:
+    """Return the official ``Sam3LossWrapper`` as ``common.yaml`` sets it up, for a single process.
+
+    Call :func:`sam3_lora.base.cpu.enable_cpu_training` before it is used where there is no CUDA.
+
+    Args:
+        num_queries: Of the model's decoder; the class loss is scaled by it.
+    """
+    config = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
+    config.base.num_queries = num_queries
+    return instantiate(config.loss, normalization="local")  # "global" needs a process group
+
+
+def training_loss(model: Any, losses: Any, batch: Any) -> Tensor:
+    """Return the loss that the official trainer would take the gradient of, a scalar.
+
+    Args:
+        model: A ``Sam3Image`` in training mode, with a matcher.
+        losses: From :func:`configured_losses`.
+        batch: An official ``BatchedDatapoint`` with targets, on the device of the model.
+    """
+    stages = model(batch)
+    targets = [model.back_convert(target) for target in batch.find_targets]
+    loss: Tensor = losses(stages, targets)["core_loss"]
+    return loss
