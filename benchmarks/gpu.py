@@ -1,0 +1,190 @@
+"""Peak memory and time of training steps on a GPU, against the estimate; what bfloat16 changes. No downloads.
+
+python -W ignore benchmarks/gpu.py --output gpu.json
+
+The full-size model gets random weights: they take the same memory and time as Meta's. The most informative cases come
+first, and what does not fit into the time or the memory is listed as such. --device cpu --size tiny runs the same code
+in about a minute anywhere. Results: docs/reference/gpu.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_step import NO_TIME, SIZES, Cost, Training, attempt
+
+from sam3_lora.output import write_json_atomic
+
+PRESETS, PROMPTS, OBJECTS = ("balanced", "minimal", "full"), (1, 4, 16), 5
+
+#: Name of a setting -> the Hydra overrides that make it.
+LEVERS: dict[str, list[str]] = {"shipped": []}
+
+
+@dataclass(frozen=True)
+class Case:
+    preset: str
+    levers: str = "shipped"
+    prompts: int = 1
+    objects: int = OBJECTS
+    images: int = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _parsed(arguments)
+    deadline = time.monotonic() + 60 * given.minutes
+    device = torch.device(given.device)
+    chosen = [c for c in cases() if c.preset in given.presets and c.prompts in given.prompts]
+    costs = measure(chosen, given.size, device, given.steps, deadline)
+    drift = None
+    if time.monotonic() < deadline:
+        drift = measure_drift(given.size, given.presets[0], device)
+    result = {
+        **machine(device),
+        "size": given.size,
+        "cases": [{**asdict(case), **asdict(cost)} for case, cost in costs.items()],
+        "drift": drift,
+    }
+    print(as_markdown(result))
+    if given.output:
+        write_json_atomic(given.output, result)
+
+
+def cases() -> list[Case]:
+    """Return all cases, the most informative first, and those of one model next to each other."""
+    shipped = [Case(preset, prompts=prompts) for preset, prompts in product(PRESETS, PROMPTS)]
+    first = Case(PRESETS[0])
+    shipped[3:3] = [replace(first, objects=50), replace(first, images=2), replace(first, images=4)]
+    others = [name for name in LEVERS if name != "shipped"]
+    return shipped + [
+        Case(preset, levers, prompts) for levers, preset, prompts in product(others, PRESETS, PROMPTS)
+    ]
+
+
+def measure(
+    chosen: Sequence[Case], size: str, device: torch.device, steps: int, deadline: float
+) -> dict[Case, Cost]:
+    """Return what the steps of each case take, or why it is not known."""
+    costs: dict[Case, Cost] = {}
+    bench = Bench(size, device, steps)
+    for number, case in enumerate(chosen, 1):
+        late = time.monotonic() > deadline
+        costs[case] = Cost(NO_TIME) if late else attempt(functools.partial(bench.cost, case))
+        print(f"{number}/{len(chosen)} {case}: {costs[case].outcome}", file=sys.stderr, flush=True)
+    return costs
+
+
+class Bench:
+    """Measures cases, and keeps the model of the last one for the next."""
+
+    def __init__(self, size: str, device: torch.device, steps: int) -> None:
+        self._size, self._device, self._steps = size, device, steps
+        self._built: tuple[str, str] | None = None
+        self._training: Training | None = None
+
+    def cost(self, case: Case) -> Cost:
+        training = self._training_for(case)
+        return training.cost(training.batch(case.images, case.prompts, case.objects), self._steps)
+
+    def _training_for(self, case: Case) -> Training:
+        wanted = (case.preset, case.levers)
+        if self._training is None or self._built != wanted:
+            self._training = None  # before the next is made: two models at once would be in the peak
+            self._training = Training(self._size, case.preset, LEVERS[case.levers], self._device)
+            self._built = wanted
+        return self._training
+
+
+def measure_drift(size: str, preset: str, device: torch.device) -> dict[str, Any]:
+    """Return how far bfloat16 moves the outputs, and how many frozen weights training steps change (none, or it is wrong).
+
+    The distance of an output is its largest difference to float32, relative to the largest value.
+    """
+    exact = Training(size, preset, [], device, amp=False)
+    batch = exact.batch(1, 1, OBJECTS)
+    expected = exact.outputs(batch)
+    del exact
+    training = Training(size, preset, [], device)
+    found = training.outputs(batch)
+    before = training.frozen()
+    for _ in range(3):
+        training.step(batch)
+    after = training.frozen()
+    return {
+        "preset": preset,
+        "outputs": {
+            name: ((found[name] - value).abs().max() / value.abs().max()).item()
+            for name, value in expected.items()
+        },
+        "frozen_tensors": len(before),
+        "frozen_tensors_changed": [
+            name for name, tensor in before.items() if not torch.equal(tensor, after[name])
+        ],
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "device_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
+        "versions": {name: version(name) for name in ("sam3", "torch", "peft")}
+        | ({"cuda": torch.version.cuda} if on_gpu else {}),
+    }
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    lines = [
+        f"{result['device']}, {result['size']} size, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}",
+        "",
+        "| preset | levers | prompts | objects | images | peak | reserved | a step |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in result["cases"]:
+        told = [case[key] for key in ("preset", "levers", "prompts", "objects", "images")]
+        if case["seconds"] is None:
+            told += [case["outcome"], "", ""]
+        else:
+            told += [_gigabytes(case["peak_bytes"]), _gigabytes(case["reserved_bytes"])]
+            told += [f"{case['seconds'] * 1e3:,.0f} ms"]
+        lines.append(f"| {' | '.join(map(str, told))} |")
+    if drift := result["drift"]:
+        distances = ", ".join(f"{name} {value:.1e}" for name, value in drift["outputs"].items())
+        lines += ["", f"bfloat16 against float32, {drift['preset']}: {distances}."]
+        lines += [
+            f"Frozen tensors that three steps changed: {len(drift['frozen_tensors_changed'])} of {drift['frozen_tensors']}."
+        ]
+    return "\n".join(lines)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="default cuda")
+    parser.add_argument("--size", choices=SIZES, default="full", help="default full")
+    parser.add_argument("--minutes", type=float, default=10, help="no case begins after them; default 10")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a case, at most; default 10")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), help="default: all")
+    parser.add_argument("--prompts", nargs="+", type=int, choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
+    given = parser.parse_args(arguments)
+    if torch.device(given.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA here; --device cpu --size tiny runs the same code on a CPU")
+    return given
+
+
+if __name__ == "__main__":
+    main()
