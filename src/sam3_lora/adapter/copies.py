@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -43,14 +44,18 @@ def copy_model(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Paramete
         if module not in copies:
             twin = copies[module] = module.__new__(type(module))
             # Hooks, buffers and what PEFT notes of its adapters are each module's own.
-            twin.__dict__ = {
-                n: copy.copy(v) if isinstance(v, (dict, list, set)) else v for n, v in module.__dict__.items()
-            }
+            twin.__dict__ = {n: _own(v, module, twin) for n, v in module.__dict__.items()}
             twin._parameters = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
             twin._modules = {n: m if m is None else copied(m) for n, m in module._modules.items()}
         return copies[module]
 
     return copied(model)
+
+
+def _own(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
