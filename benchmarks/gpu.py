@@ -1,4 +1,4 @@
-"""Peak memory and time of training steps on a GPU, against the estimate; what bfloat16 changes. No downloads.
+"""Peak memory and time of training steps on a GPU, beside what is counted; what bfloat16 changes. No downloads.
 
 python -W ignore benchmarks/gpu.py --output gpu.json
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,20 +22,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import NO_TIME, SIZES, Cost, Training, attempt
+from gpu_counts import counted_peaks
+from gpu_step import NO_TIME, SIZES, Cost, Training, attempt, set_cuda_as_the_trainer
 
 from sam3_lora.output import write_json_atomic
 
 PRESETS, PROMPTS, OBJECTS = ("balanced", "minimal", "full"), (1, 4, 16), 5
 
-#: Name of a setting -> the Hydra overrides that make it.
-LEVERS: dict[str, list[str]] = {"shipped": []}
+SHIPPED, OFFICIAL = "as shipped", "all off"
+#: Name of a setting of the ``memory`` block -> the Hydra overrides that make it.
+LEVERS = {
+    SHIPPED: ["memory.bf16_base=true"],  # auto is the same on CUDA; so the CPU runs it too
+    "no eval_frozen": ["memory.bf16_base=true", "memory.eval_frozen=false"],
+    "no bf16_base": ["memory.bf16_base=false"],
+    "no segmentation_chunk": ["memory.bf16_base=true", "memory.segmentation_chunk=null"],
+    "no recompute_box_bias": ["memory.bf16_base=true", "memory.recompute_box_bias=false"],
+    "no mask_loss_chunk": ["memory.bf16_base=true", "memory.mask_loss_chunk=null"],
+    "mask_points": ["memory.bf16_base=true", "memory.mask_points=12544"],
+    OFFICIAL: [
+        *("memory.eval_frozen=false", "memory.bf16_base=false", "memory.segmentation_chunk=null"),
+        *("memory.recompute_box_bias=false", "memory.mask_loss_chunk=null"),
+    ],
+}
 
 
 @dataclass(frozen=True)
 class Case:
     preset: str
-    levers: str = "shipped"
+    levers: str = SHIPPED
     prompts: int = 1
     objects: int = OBJECTS
     images: int = 1
@@ -44,15 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parsed(arguments)
     deadline = time.monotonic() + 60 * given.minutes
     device = torch.device(given.device)
+    set_cuda_as_the_trainer()
     chosen = [c for c in cases() if c.preset in given.presets and c.prompts in given.prompts]
     costs = measure(chosen, given.size, device, given.steps, deadline)
     drift = None
     if time.monotonic() < deadline:
         drift = measure_drift(given.size, given.presets[0], device)
+    counted = count(chosen, deadline - time.monotonic()) if given.size == "full" else [None] * len(chosen)
     result = {
         **machine(device),
         "size": given.size,
-        "cases": [{**asdict(case), **asdict(cost)} for case, cost in costs.items()],
+        "cases": [
+            {**asdict(case), **asdict(costs[case]), "counted_bytes": peak}
+            for case, peak in zip(chosen, counted, strict=True)
+        ],
         "drift": drift,
     }
     print(as_markdown(result))
@@ -65,10 +85,9 @@ def cases() -> list[Case]:
     shipped = [Case(preset, prompts=prompts) for preset, prompts in product(PRESETS, PROMPTS)]
     first = Case(PRESETS[0])
     shipped[3:3] = [replace(first, objects=50), replace(first, images=2), replace(first, images=4)]
-    others = [name for name in LEVERS if name != "shipped"]
-    return shipped + [
-        Case(preset, levers, prompts) for levers, preset, prompts in product(others, PRESETS, PROMPTS)
-    ]
+    official = [Case(preset, OFFICIAL, prompts=prompts) for preset, prompts in product(PRESETS, PROMPTS)]
+    single = [Case(PRESETS[0], name, prompts=4) for name in LEVERS if name not in (SHIPPED, OFFICIAL)]
+    return shipped + official + single
 
 
 def measure(
@@ -105,31 +124,45 @@ class Bench:
         return self._training
 
 
+def count(chosen: Sequence[Case], seconds: float) -> list[int | None]:
+    """Return the peak bytes that are counted for each case without a GPU, for those that the time is enough for."""
+    asked = []
+    for case in chosen:
+        overrides = [override.split("=") for override in LEVERS[case.levers]]
+        asked.append({**asdict(case), "config": {name: json.loads(value) for name, value in overrides}})
+    print(f"counting the same {len(asked)} without the GPU", file=sys.stderr, flush=True)
+    return counted_peaks(asked, max(seconds, 0))
+
+
 def measure_drift(size: str, preset: str, device: torch.device) -> dict[str, Any]:
-    """Return how far bfloat16 moves the outputs, and how many frozen weights training steps change (none, or it is wrong).
+    """Return how far bfloat16 moves the outputs, and which frozen weights training steps change: none, or it is wrong.
 
     The distance of an output is its largest difference to float32, relative to the largest value.
     """
     exact = Training(size, preset, [], device, amp=False)
     batch = exact.batch(1, 1, OBJECTS)
     expected = exact.outputs(batch)
-    del exact
-    training = Training(size, preset, [], device)
-    found = training.outputs(batch)
-    before = training.frozen()
-    for _ in range(3):
-        training.step(batch)
-    after = training.frozen()
+    distances = {}
+    del exact  # each model must be gone before the next is made
+    for name in ("no bf16_base", SHIPPED):
+        training = Training(size, preset, LEVERS[name], device)
+        found = training.outputs(batch)
+        distances[name] = {
+            output: ((found[output] - value).abs().max() / value.abs().max()).item()
+            for output, value in expected.items()
+        }
+        before = training.frozen()
+        for _ in range(3):
+            training.step(batch)
+        after = training.frozen()
+        del training
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     return {
         "preset": preset,
-        "outputs": {
-            name: ((found[name] - value).abs().max() / value.abs().max()).item()
-            for name, value in expected.items()
-        },
+        "outputs": distances,
         "frozen_tensors": len(before),
-        "frozen_tensors_changed": [
-            name for name, tensor in before.items() if not torch.equal(tensor, after[name])
-        ],
+        "bf16_tensors": sum(tensor.dtype == torch.bfloat16 for tensor in before.values()),
+        "frozen_tensors_changed": changed,
     }
 
 
@@ -147,23 +180,23 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['device']}, {result['size']} size, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}",
         "",
-        "| preset | levers | prompts | objects | images | peak | reserved | a step |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| preset | memory | prompts | objects | images | peak | counted | reserved | a step |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case in result["cases"]:
-        told = [case[key] for key in ("preset", "levers", "prompts", "objects", "images")]
+        told: list[Any] = [case[key] for key in ("preset", "levers", "prompts", "objects", "images")]
         if case["seconds"] is None:
-            told += [case["outcome"], "", ""]
+            told += [case["outcome"], _gigabytes(case["counted_bytes"]), "", ""]
         else:
-            told += [_gigabytes(case["peak_bytes"]), _gigabytes(case["reserved_bytes"])]
+            told += [_gigabytes(case[f"{kind}_bytes"]) for kind in ("peak", "counted", "reserved")]
             told += [f"{case['seconds'] * 1e3:,.0f} ms"]
         lines.append(f"| {' | '.join(map(str, told))} |")
     if drift := result["drift"]:
-        distances = ", ".join(f"{name} {value:.1e}" for name, value in drift["outputs"].items())
-        lines += ["", f"bfloat16 against float32, {drift['preset']}: {distances}."]
-        lines += [
-            f"Frozen tensors that three steps changed: {len(drift['frozen_tensors_changed'])} of {drift['frozen_tensors']}."
-        ]
+        for levers, outputs in drift["outputs"].items():
+            distances = ", ".join(f"{name} {value:.1e}" for name, value in outputs.items())
+            lines += ["", f"bfloat16 against float32, {drift['preset']}, {levers}: {distances}."]
+        changed = len(drift["frozen_tensors_changed"])
+        lines += ["", f"Three steps changed {changed} of {drift['frozen_tensors']} frozen tensors."]
     return "\n".join(lines)
 
 

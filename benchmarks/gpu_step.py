@@ -141,6 +141,12 @@ def attempt(measure: Callable[[], Cost]) -> Cost:
     return Cost(OUT_OF_MEMORY)  # not inside `except`, where the traceback still holds the tensors
 
 
+def set_cuda_as_the_trainer() -> None:
+    """Choose what the official trainer does by default (``CudaConf``), and matters for time and for float32."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def start_of_peak(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
