@@ -23,6 +23,7 @@ OFFICIAL = {
     "bf16_base": False,
     "segmentation_chunk": None,
     "recompute_box_bias": False,
+    "recompute_neck": False,
     "mask_loss_chunk": None,
     "mask_points": None,
 }
@@ -31,6 +32,7 @@ ALL = {
     "bf16_base": True,
     "segmentation_chunk": 1,
     "recompute_box_bias": True,
+    "recompute_neck": True,
     "mask_loss_chunk": 8,
 }
 LEVERS = [
@@ -38,6 +40,7 @@ LEVERS = [
     {"segmentation_chunk": 1},
     {"segmentation_chunk": 2},
     {"recompute_box_bias": True},
+    {"recompute_neck": True},
     {"mask_loss_chunk": 1},
     {"mask_loss_chunk": 3},
     {**ALL, "bf16_base": False},
@@ -156,6 +159,7 @@ def count(model, loss, batch):
         ({"segmentation_chunk": 1}, "flops"),
         ({"segmentation_chunk": 1}, "peak_bytes"),
         ({"recompute_box_bias": True}, "forward_bytes"),
+        ({"recompute_neck": True}, "saved_bytes"),
         ({"mask_loss_chunk": 1}, "saved_bytes"),
         ({"mask_loss_chunk": 1, "mask_points": 100}, "saved_bytes"),
     ],
@@ -301,6 +305,7 @@ def test_the_shipped_configs_train_with_every_exact_lever():
         bf16_base="auto",
         segmentation_chunk=1,
         recompute_box_bias=True,
+        recompute_neck=True,
         mask_loss_chunk=8,
         mask_points=None,
     )

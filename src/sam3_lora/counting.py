@@ -110,7 +110,7 @@ def count_step(
         storages = [storage for reference in saved.values() if (storage := reference()) is not None]
         saved_bytes = sum(storage.nbytes() for storage in storages)
         del storages
-        loss.backward()
+        _backward(loss)
     gradients = [tensor.grad for tensor in held if tensor.is_leaf and tensor.grad is not None]
     peak_parts = counter.at_peak()
     return StepCount(
@@ -130,6 +130,13 @@ def count_step(
             )
             for part in (GIVEN, *(parts or {}), REST)
         },
+    )
+
+
+def _backward(loss: Tensor) -> None:
+    """Do what ``loss.backward()`` does, without taking a TorchFunctionMode off meanwhile: recomputation needs it too."""
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 

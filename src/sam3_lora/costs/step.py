@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
@@ -22,6 +23,8 @@ from sam3_lora.costs.cuda import as_on_cuda
 from sam3_lora.costs.values import StandInValues
 from sam3_lora.counting import StepCount, count_step
 from sam3_lora.errors import ConfigError
+from sam3_lora.memory import apply_levers, memory_settings
+from sam3_lora.memory.settings import AUTO
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
 from sam3.train.data.collator import collate_fn_api  # isort: skip
@@ -56,7 +59,8 @@ class FullSizeStep:
         preset: What is adapted, or a function that prepares the official model another way, such as for full
             fine-tuning; it returns the model to train, in place or wrapped.
         amp: bfloat16 autocast, as on CUDA; else float32.
-        config: Keys of the training config to change, by dotted name, such as ``{"loss.o2m_weight": 1.0}``.
+        config: Keys of the training config to change, by dotted name, such as ``{"memory.segmentation_chunk": None}``.
+            ``memory.bf16_base: auto`` is taken as on CUDA.
         **overrides: As for :func:`sam3_lora.get_peft_sam3`.
     """
 
@@ -78,8 +82,12 @@ class FullSizeStep:
             OmegaConf.update(settings, key, value)
         self._loss: Any = instantiate(settings.loss, normalization="local")  # "global" needs a process group
         model.matcher = self._loss.matcher
+        memory = memory_settings(OmegaConf.to_container(settings.memory))
+        if memory.bf16_base == AUTO:
+            memory = dataclasses.replace(memory, bf16_base=amp)
         with self._faked():
             _materialise(self._model)
+            apply_levers(model, memory, amp)
             self._model.train()
 
     def trainable_parameters(self) -> int:

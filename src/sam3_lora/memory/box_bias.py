@@ -25,7 +25,8 @@ class RecomputingDecoder(TransformerDecoder):
         official: Any = super()._get_rpb_matrix
         if not self.training:
             return official(reference_boxes, feat_size)
-        return _Promise(lambda: official(reference_boxes, feat_size))
+        size_hw = (int(feat_size[0]), int(feat_size[1]))  # tensors: now, not once more in the backward
+        return _Promise(lambda: official(reference_boxes, size_hw))
 
 
 class _Promise:

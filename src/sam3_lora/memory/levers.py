@@ -10,6 +10,7 @@ import torch
 from sam3_lora.errors import ConfigError
 from sam3_lora.memory.box_bias import recompute_box_bias
 from sam3_lora.memory.modes import keep_frozen_in_eval
+from sam3_lora.memory.neck import recompute_neck
 from sam3_lora.memory.precision import hold_frozen_in_bf16
 from sam3_lora.memory.segmentation import chunk_segmentation
 from sam3_lora.memory.settings import AUTO, MemorySettings
@@ -47,3 +48,5 @@ def apply_levers(model: Sam3Image, settings: MemorySettings, amp: bool | Literal
         chunk_segmentation(model, settings.segmentation_chunk)
     if settings.recompute_box_bias:
         recompute_box_bias(model)
+    if settings.recompute_neck:
+        recompute_neck(model)

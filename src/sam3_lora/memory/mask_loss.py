@@ -51,11 +51,12 @@ class ChunkedMasks(Masks):
         if self.chunk is None or masks is None or outputs.get("is_video_grounding_batch", False):
             official: dict[str, Tensor] = super().get_loss(outputs, targets, indices, num_boxes)
             return official
+        valid = targets["is_valid_mask"]
         if objects is None:
             objects = torch.arange(len(masks), device=masks.device)
-        predicted = outputs["pred_masks"][(prompts, queries)]
-        valid = targets["is_valid_mask"][objects]
-        predicted, objects = predicted[valid], objects[valid]
+        else:
+            valid = valid[objects]
+        predicted, objects = outputs["pred_masks"][(prompts[valid], queries[valid])], objects[valid]
         if not len(objects):
             return {name: predicted.float().sum() * 0 for name in _NAMES}
         loss = self._of_all_pixels if self.num_sample_points is None else self._of_points
@@ -68,11 +69,10 @@ class ChunkedMasks(Masks):
 
         def loss(some: Tensor, own: Tensor) -> tuple[Tensor, ...]:
             rows = torch.arange(len(some), device=some.device)
-            valid = torch.ones(len(masks), dtype=torch.bool, device=masks.device)
             found = official(
                 {"pred_masks": some[None]},
-                {"masks": masks, "is_valid_mask": valid},
-                (torch.zeros_like(rows), rows, own),
+                {"masks": masks[own], "is_valid_mask": slice(None)},
+                (torch.zeros_like(rows), rows, None),
                 num_boxes,
             )
             return tuple(found[name] for name in _NAMES)

@@ -10,6 +10,7 @@ from sam3_lora.components import unknown_names
 from sam3_lora.errors import ConfigError, as_report
 
 AUTO = "auto"
+_SWITCHES = {"eval_frozen": "", "bf16_base": " or auto", "recompute_box_bias": "", "recompute_neck": ""}
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MemorySettings:
         segmentation_chunk: Prompts that go through the segmentation head at once, each time under one activation
             checkpoint; ``None``: all of them, under the official two.
         recompute_box_bias: Make the decoder's box position bias inside the checkpoint of each layer.
+        recompute_neck: Make what the neck computes again in the backward, and its position tables in each step.
         mask_loss_chunk: Matched masks whose loss is computed at once, under an activation checkpoint; ``None``: all.
         mask_points: Points of each mask at which its loss is taken; ``None``: every pixel.
 
@@ -34,13 +36,14 @@ class MemorySettings:
     bf16_base: bool | Literal["auto"] = False
     segmentation_chunk: int | None = None
     recompute_box_bias: bool = False
+    recompute_neck: bool = False
     mask_loss_chunk: int | None = None
     mask_points: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
             f"memory.{name} must be true or false{more}, got {value!r}"
-            for name, more in (("eval_frozen", ""), ("bf16_base", " or auto"), ("recompute_box_bias", ""))
+            for name, more in _SWITCHES.items()
             if not isinstance(value := getattr(self, name), bool) and not (more and value == AUTO)
         ]
         problems += [
