@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -25,24 +24,22 @@ import torch
 from gpu_counts import counted_peaks
 from gpu_step import NO_TIME, SIZES, Cost, Training, attempt, set_cuda_as_the_trainer
 
+from sam3_lora.memory import MemorySettings
 from sam3_lora.output import write_json_atomic
 
 PRESETS, PROMPTS, OBJECTS = ("balanced", "minimal", "full"), (1, 4, 16), 5
 
-SHIPPED, OFFICIAL = "as shipped", "all off"
-#: Name of a setting of the ``memory`` block -> the Hydra overrides that make it.
-LEVERS = {
-    SHIPPED: ["memory.bf16_base=true"],  # auto is the same on CUDA; so the CPU runs it too
-    "no eval_frozen": ["memory.bf16_base=true", "memory.eval_frozen=false"],
-    "no bf16_base": ["memory.bf16_base=false"],
-    "no segmentation_chunk": ["memory.bf16_base=true", "memory.segmentation_chunk=null"],
-    "no recompute_box_bias": ["memory.bf16_base=true", "memory.recompute_box_bias=false"],
-    "no mask_loss_chunk": ["memory.bf16_base=true", "memory.mask_loss_chunk=null"],
-    "mask_points": ["memory.bf16_base=true", "memory.mask_points=12544"],
-    OFFICIAL: [
-        *("memory.eval_frozen=false", "memory.bf16_base=false", "memory.segmentation_chunk=null"),
-        *("memory.recompute_box_bias=false", "memory.mask_loss_chunk=null"),
-    ],
+SHIPPED, OFFICIAL, POINTS = "as shipped", "all off", "12544 mask_points"
+
+#: Every lever of the ``memory`` block, switched off.
+OFF: dict[str, Any] = {f"memory.{field.name}": field.default for field in fields(MemorySettings)}
+_SHIPPED = {"memory.bf16_base": True}  # on CUDA the same as the auto of the config; so it runs on a CPU too
+#: Name of a setting of that block -> the keys that make it.
+LEVERS: dict[str, dict[str, Any]] = {
+    SHIPPED: _SHIPPED,
+    OFFICIAL: OFF,
+    POINTS: {**_SHIPPED, "memory.mask_points": 12544},
+    **{f"no {key.partition('.')[2]}": {**_SHIPPED, key: OFF[key]} for key in OFF if "points" not in key},
 }
 
 
@@ -126,10 +123,7 @@ class Bench:
 
 def count(chosen: Sequence[Case], seconds: float) -> list[int | None]:
     """Return the peak bytes that are counted for each case without a GPU, for those that the time is enough for."""
-    asked = []
-    for case in chosen:
-        overrides = [override.split("=") for override in LEVERS[case.levers]]
-        asked.append({**asdict(case), "config": {name: json.loads(value) for name, value in overrides}})
+    asked = [{**asdict(case), "config": LEVERS[case.levers]} for case in chosen]
     print(f"counting the same {len(asked)} without the GPU", file=sys.stderr, flush=True)
     return counted_peaks(asked, max(seconds, 0))
 
@@ -139,7 +133,7 @@ def measure_drift(size: str, preset: str, device: torch.device) -> dict[str, Any
 
     The distance of an output is its largest difference to float32, relative to the largest value.
     """
-    exact = Training(size, preset, [], device, amp=False)
+    exact = Training(size, preset, {}, device, amp=False)
     batch = exact.batch(1, 1, OBJECTS)
     expected = exact.outputs(batch)
     distances = {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,26 +61,27 @@ class Training:
     Args:
         size: A key of :data:`SIZES`.
         preset: Name of the config.
-        overrides: Hydra overrides, such as ``training.lr=1e-3``.
+        settings: Keys of the config to change, by dotted name.
         device: Where to train.
         amp: bfloat16 autocast.
     """
 
     def __init__(
-        self, size: str, preset: str, overrides: Sequence[str], device: torch.device, amp: bool = True
+        self, size: str, preset: str, settings: Mapping[str, Any], device: torch.device, amp: bool = True
     ) -> None:
         base, shape = SIZES[size]
         self.resolution, self.device, self.amp = shape.resolution, device, amp
         enable_cpu_training()
         config = _config(
             preset,
-            [
-                f"base.name={base}",
-                f"base.resolution={shape.resolution}",
-                f"base.num_queries={shape.num_queries}",
-                f"training.amp={str(amp).lower()}",
-                *overrides,
-            ],
+            {
+                "base.name": base,
+                "base.resolution": shape.resolution,
+                "base.num_queries": shape.num_queries,
+                "training.amp": amp,
+                "paths.dataset_root": "none",
+                **settings,
+            },
         )
         self.model: Any = instantiate(config.trainer.model).to(device).train()
         self.losses = instantiate(config.trainer.loss.all, normalization="local").to(device)
@@ -165,8 +167,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _config(preset: str, overrides: Sequence[str]) -> Any:
+def _config(preset: str, settings: Mapping[str, Any]) -> Any:
     if not OmegaConf.has_resolver("get_method"):
         register_omegaconf_resolvers()
     with initialize_config_module("sam3.train", version_base="1.2"):
-        return compose(f"sam3_lora/{preset}", [*overrides, "paths.dataset_root=none"])
+        return compose(
+            f"sam3_lora/{preset}", [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        )
