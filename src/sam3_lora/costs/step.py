@@ -82,7 +82,8 @@ class FullSizeStep:
             OmegaConf.update(settings, key, value)
         self._loss: Any = instantiate(settings.loss, normalization="local")  # "global" needs a process group
         model.matcher = self._loss.matcher
-        memory = memory_settings(OmegaConf.to_container(settings.memory))
+        block: Any = OmegaConf.to_container(settings.memory)
+        memory = memory_settings(block)
         if memory.bf16_base == AUTO:
             memory = dataclasses.replace(memory, bf16_base=amp)
         with self._faked():
