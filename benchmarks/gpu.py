@@ -1,4 +1,4 @@
-"""Peak memory and time of training steps on a GPU, beside what is counted; what bfloat16 changes. No downloads.
+"""Peak memory and time of training steps on a GPU, beside the estimate; what bfloat16 changes. No downloads.
 
 python -W ignore benchmarks/gpu.py --output gpu.json
 
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_counts import counted_peaks
 from gpu_step import NO_TIME, SIZES, Cost, Training, attempt, set_cuda_as_the_trainer
 
+from sam3_lora.errors import ConfigError
+from sam3_lora.estimation.estimate import estimate
 from sam3_lora.memory import MemorySettings
 from sam3_lora.output import write_json_atomic
 
@@ -62,13 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drift = None
     if time.monotonic() < deadline:
         drift = measure_drift(given.size, given.presets[0], device)
-    counted = count(chosen, deadline - time.monotonic()) if given.size == "full" else [None] * len(chosen)
     result = {
         **machine(device),
         "size": given.size,
         "cases": [
-            {**asdict(case), **asdict(costs[case]), "counted_bytes": peak}
-            for case, peak in zip(chosen, counted, strict=True)
+            {**asdict(case), **asdict(cost), "estimated_bytes": estimated_peak(case, given.size)}
+            for case, cost in costs.items()
         ],
         "drift": drift,
     }
@@ -121,11 +121,18 @@ class Bench:
         return self._training
 
 
-def count(chosen: Sequence[Case], seconds: float) -> list[int | None]:
-    """Return the peak bytes that are counted for each case without a GPU, for those that the time is enough for."""
-    asked = [{**asdict(case), "config": LEVERS[case.levers]} for case in chosen]
-    print(f"counting the same {len(asked)} without the GPU", file=sys.stderr, flush=True)
-    return counted_peaks(asked, max(seconds, 0))
+def estimated_peak(case: Case, size: str) -> int | None:
+    """Return the peak that `sam3-lora estimate` gives; there is none for the tiny model and for settings not counted."""
+    if size != "full":
+        return None
+    memory = {key.removeprefix("memory."): value for key, value in LEVERS[case.levers].items()}
+    try:
+        found = estimate(
+            case.preset, prompts=case.prompts, objects=case.objects, batch=case.images, memory=memory
+        )
+    except ConfigError:
+        return None
+    return found.peak_bytes
 
 
 def measure_drift(size: str, preset: str, device: torch.device) -> dict[str, Any]:
@@ -174,15 +181,15 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['device']}, {result['size']} size, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}",
         "",
-        "| preset | memory | prompts | objects | images | peak | counted | reserved | a step |",
+        "| preset | memory | prompts | objects | images | peak | estimate | reserved | a step |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case in result["cases"]:
         told: list[Any] = [case[key] for key in ("preset", "levers", "prompts", "objects", "images")]
         if case["seconds"] is None:
-            told += [case["outcome"], _gigabytes(case["counted_bytes"]), "", ""]
+            told += [case["outcome"], _gigabytes(case["estimated_bytes"]), "", ""]
         else:
-            told += [_gigabytes(case[f"{kind}_bytes"]) for kind in ("peak", "counted", "reserved")]
+            told += [_gigabytes(case[f"{kind}_bytes"]) for kind in ("peak", "estimated", "reserved")]
             told += [f"{case['seconds'] * 1e3:,.0f} ms"]
         lines.append(f"| {' | '.join(map(str, told))} |")
     if drift := result["drift"]:

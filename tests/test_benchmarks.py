@@ -96,11 +96,8 @@ def test_the_models_are_each_built_once(benchmark):
     assert len(list(itertools.groupby(built))) == len(set(built))
 
 
-@pytest.mark.counts
-@pytest.mark.timeout(600)
-def test_the_peak_of_a_case_is_counted_without_a_gpu(benchmark):
-    counted = benchmark("gpu_counts").counted_peaks
-    case = {"preset": "minimal", "config": {}, "prompts": 1, "objects": 5, "images": 1}
-    (peak,) = counted([case], 500)
-    assert 1.5e9 < peak < 5e9
-    assert counted([case, case], 1) == [None, None]
+def test_the_gpu_benchmark_has_an_estimate_of_the_cases_to_compare_with(benchmark):
+    gpu = benchmark("gpu")
+    minimal, balanced = (gpu.estimated_peak(gpu.Case(preset), "full") for preset in ("minimal", "balanced"))
+    assert 1.5e9 < minimal < balanced < 5e9
+    assert gpu.estimated_peak(gpu.Case("balanced"), "tiny") is None
