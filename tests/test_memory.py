@@ -86,8 +86,8 @@ def make(datasets):
 
 
 def draw_adapter(model):
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
@@ -108,6 +108,8 @@ def assert_equal_gradients(with_levers, without):
     torch.testing.assert_close(value, official_value, rtol=1e-6, atol=0)
     assert found.keys() == official.keys()
     for name, gradient in official.items():
+        if re.search(r"(boxRPB_embed_[xy]\.layers\.1|k_proj)\..*bias", name):
+            continue  # the same for all keys, which softmax does not see: nothing but rounding
         error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
         assert error <= 1e-5, (name, error)
     assert sum(bool(gradient.any()) for gradient in official.values()) > len(official) / 2
