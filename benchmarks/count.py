@@ -71,7 +71,7 @@ BASELINES: dict[str, Prepare] = {"full fine-tuning": full_fine_tuning, "plain Lo
 
 def main() -> None:
     options = parse()
-    found = json.loads(COUNTS.read_text("utf-8")) if COUNTS.is_file() else {"counts": []}
+    found = read_counts()
     versions = {name: version(name) for name in ("sam3", "torch", "peft")}
     wanted = list(wished(options))
     known = set() if options.again else {key_of(count) for count in found["counts"]}
@@ -90,7 +90,8 @@ def main() -> None:
                 "batch": batch,
             }
             entry["trainable_parameters"] = step.trainable_parameters()
-            others = [c for c in found["counts"] if key_of(c) != key_of(entry)]
+            # Read again: another process may count other presets meanwhile.
+            others = [c for c in read_counts()["counts"] if key_of(c) != key_of(entry)]
             found = {"made_with": versions, "counts": [*others, {**entry, **count}]}
             write_json_atomic(COUNTS, found)
             print(
@@ -100,6 +101,10 @@ def main() -> None:
                 flush=True,
             )
     write_results(found, SETTINGS)
+
+
+def read_counts() -> dict[str, Any]:
+    return json.loads(COUNTS.read_text("utf-8")) if COUNTS.is_file() else {"counts": []}
 
 
 def parse() -> argparse.Namespace:

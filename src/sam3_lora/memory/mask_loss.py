@@ -47,16 +47,17 @@ class ChunkedMasks(Masks):
         indices: tuple[Tensor, Tensor, Tensor | None],
         num_boxes: Tensor,
     ) -> dict[str, Tensor]:
-        masks, (prompts, queries, objects) = targets["masks"], indices
+        masks = targets["masks"]
         if self.chunk is None or masks is None or outputs.get("is_video_grounding_batch", False):
             official: dict[str, Tensor] = super().get_loss(outputs, targets, indices, num_boxes)
             return official
-        valid = targets["is_valid_mask"]
+        valid, objects = targets["is_valid_mask"], indices[2]
         if objects is None:
             objects = torch.arange(len(masks), device=masks.device)
         else:
             valid = valid[objects]
-        predicted, objects = outputs["pred_masks"][(prompts[valid], queries[valid])], objects[valid]
+        prompts, queries, objects = (index.to(valid.device)[valid] for index in (*indices[:2], objects))
+        predicted = outputs["pred_masks"][(prompts, queries)]
         if not len(objects):
             return {name: predicted.float().sum() * 0 for name in _NAMES}
         loss = self._of_all_pixels if self.num_sample_points is None else self._of_points

@@ -15,6 +15,8 @@ provide_triton()
 from sam3.model.maskformer_segmentation import UniversalSegmentationHead  # noqa: E402
 from sam3.model.sam3_image import Sam3Image  # noqa: E402
 
+_SEMANTIC = "semantic_seg_head"
+
 
 class ChunkedSegmentationHead(UniversalSegmentationHead):
     """The official head in training on ``prompts_at_once`` prompts at a time, each time under one checkpoint.
@@ -35,13 +37,9 @@ class ChunkedSegmentationHead(UniversalSegmentationHead):
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
-        official: Any = super().forward
-        given = (encoder_hidden_states, prompt)
-        if not self.training or any(tensor is None for tensor in (*given, prompt_mask)):
-            outputs: dict[str, Tensor | None] = official(
-                backbone_feats, obj_queries, image_ids, *given, prompt_mask, **kwargs
-            )
-            return outputs
+        inputs = (encoder_hidden_states, prompt, prompt_mask)
+        if not self.training or any(tensor is None for tensor in inputs):
+            return self._run(backbone_feats, obj_queries, image_ids, *inputs, **kwargs)
         assert encoder_hidden_states is not None and prompt is not None and prompt_mask is not None
         saves = any(tensor.requires_grad for tensor in (*backbone_feats, encoder_hidden_states, prompt))
         saves = saves or any(parameter.requires_grad for parameter in self.parameters())
@@ -56,10 +54,25 @@ class ChunkedSegmentationHead(UniversalSegmentationHead):
                 prompt[:, rows],
                 prompt_mask[rows],
             )
-            parts.append(
-                checkpoint(official, *arguments, use_reentrant=False) if saves else official(*arguments)
-            )
+            run = self._run
+            parts.append(checkpoint(run, *arguments, use_reentrant=False) if saves else run(*arguments))
         return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(self, *arguments: Any, **kwargs: Any) -> dict[str, Tensor | None]:
+        try:
+            outputs: dict[str, Tensor | None] = super().forward(*arguments, **kwargs)
+            return outputs
+        finally:
+            self.__dict__.pop(_SEMANTIC, None)
+
+    def _embed_pixels(self, *args: Any, **kwargs: Any) -> Tensor:
+        pixels: Tensor = super()._embed_pixels(*args, **kwargs)
+        if self.training:
+            # Before the masks instead of after them, so that in the backward its fp32 gradient comes when theirs, for 400
+            # queries, has gone. For the official call that follows, the result stands in front of the module.
+            semantic = self.semantic_seg_head(pixels)
+            self.__dict__[_SEMANTIC] = lambda _: semantic
+        return pixels
 
 
 def chunk_segmentation(model: Sam3Image, prompts_at_once: int) -> None:

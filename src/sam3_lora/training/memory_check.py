@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ class MemoryCheck:
 
     def see(self, batch: Any) -> None:
         """Take a batch of the official collator, as one forward pass gets it."""
+        if self._steps >= STEPS:
+            return
         images = len(batch.img_batch)
         rows, objects = len(batch.find_inputs[0].img_ids), int(batch.find_targets[0].num_boxes.sum())
         found = estimate(
@@ -35,16 +38,15 @@ class MemoryCheck:
         )
         self._estimated = max(self._estimated, found.peak_bytes)
 
-    def measured(self, peak_bytes: int) -> str | None:
-        """Take the peak of a step, and return the comparison after the last of them."""
+    def measured(self, peak_bytes: int) -> None:
+        """Take the peak of a step, and log the comparison after the last of them."""
         self._steps += 1
         self._measured = max(self._measured, peak_bytes)
-        if self._steps != STEPS:
-            return None
-        return (
-            f"Peak memory of {STEPS} steps: {self._measured / 1e9:.2f} GB measured, {self._estimated / 1e9:.2f} GB "
-            f"estimated ({self._measured / self._estimated - 1:+.0%})"
-        )
+        if self._steps == STEPS:
+            logging.info(
+                f"Peak memory of {STEPS} steps: {self._measured / 1e9:.2f} GB measured, {self._estimated / 1e9:.2f} GB "
+                f"estimated ({self._measured / self._estimated - 1:+.0%})"
+            )
 
 
 def memory_check(model: Mapping[str, Any]) -> MemoryCheck | None:

@@ -216,12 +216,8 @@ class LoraTrainer(Trainer):
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
     ) -> None:
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
-        if self._memory_check is not None:
-            # Now, since the official trainer resets the peak after each step.
-            compared = self._memory_check.measured(torch.cuda.max_memory_allocated())
-            if compared is not None:
-                logging.info(compared)
-                self._memory_check = None
+        if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
+            self._memory_check.measured(torch.cuda.max_memory_allocated())
         loss = loss_mts[f"Losses/{phase}_all_loss"].val
         step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
         self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
