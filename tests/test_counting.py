@@ -12,12 +12,14 @@ ROWS, WIDTH, FLOAT = 32, 64, 4
 MATRIX, ACTIVATION = WIDTH * WIDTH * FLOAT, ROWS * WIDTH * FLOAT
 
 
-def count(checkpointed: bool = False, frozen: bool = False) -> StepCount:
+def count(checkpointed: bool = False, frozen: bool = False, parts: tuple[int, ...] = ()) -> StepCount:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)))
     model[0].requires_grad_(not frozen)
     x = torch.zeros(ROWS, WIDTH)
     run = (lambda: checkpoint(model, x, use_reentrant=False)) if checkpointed else (lambda: model(x))
-    return count_step(lambda: run().sum(), [*model.parameters(), x])
+    return count_step(
+        lambda: run().sum(), [*model.parameters(), x], {f"layer {n}": [model[n]] for n in parts}
+    )
 
 
 def test_a_step_has_the_flops_of_its_matrix_products():
@@ -55,3 +57,16 @@ def test_fake_tensors_give_the_same_numbers_as_real_ones():
     real = count()
     with FakeTensorMode():
         assert count() == real == count()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_parts_get_their_own_backward_and_recomputation(checkpointed):
+    product = 2 * ROWS * WIDTH * WIDTH
+    step = count(checkpointed, parts=(0, 1))
+    repeated = product if checkpointed else 0
+    assert step.parts["layer 0"].flops == 2 * product + repeated  # forward, and of the weights
+    assert step.parts["layer 1"].flops == 3 * product + repeated
+    assert step.parts["rest"].flops == 3 * product
+    assert step.parts["given"].forward_bytes == 3 * MATRIX + ACTIVATION
+    assert step.parts["layer 0"].forward_bytes == (0 if checkpointed else ACTIVATION)
+    assert sum(part.peak_bytes for part in step.parts.values()) == step.peak_bytes

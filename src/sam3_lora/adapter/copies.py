@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -22,7 +24,7 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 def is_quantised(weight: torch.Tensor) -> bool:
     """Whether a weight is held in a class of its own, as bitsandbytes and torchao do."""
-    return type(weight) not in (nn.Parameter, torch.Tensor)
+    return type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def _plain_linear(module: Any) -> nn.Module:
@@ -43,14 +45,18 @@ def copy_model(model: nn.Module, parameter: Callable[[nn.Parameter], nn.Paramete
         if module not in copies:
             twin = copies[module] = module.__new__(type(module))
             # Hooks, buffers and what PEFT notes of its adapters are each module's own.
-            twin.__dict__ = {
-                n: copy.copy(v) if isinstance(v, (dict, list, set)) else v for n, v in module.__dict__.items()
-            }
+            twin.__dict__ = {n: _own(v, module, twin) for n, v in module.__dict__.items()}
             twin._parameters = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
             twin._modules = {n: m if m is None else copied(m) for n, m in module._modules.items()}
         return copies[module]
 
     return copied(model)
+
+
+def _own(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

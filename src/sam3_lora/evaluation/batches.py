@@ -127,7 +127,7 @@ def probe_batch(
         device: Where to put the batch.
     """
     datapoint = make_datapoint(Image.fromarray(image), [shown, shown, absent])
-    _add_objects(datapoint, masks, boxes_xyxy, asked_by=2)
+    _add_objects(datapoint, masks, boxes_xyxy, [range(len(masks))] * 2 + [range(0)])
     datapoint.find_queries[1].input_bbox = torch.tensor(boxes_xyxy[:1])
     datapoint.find_queries[1].input_bbox_label = torch.ones(1, dtype=torch.bool)
     return _batch_with_targets([datapoint], resolution, device)
@@ -138,8 +138,8 @@ def sized_batch(
 ) -> Any:
     """Return an official batch with targets of a given size: noise in which rectangles are to be found.
 
-    Each image has so many objects, all of the first prompt, and is asked all prompts: as in training with so many
-    categories. Always the same for the same numbers; objects beyond 256 repeat the rectangles.
+    Each image is asked all prompts, as in training with so many categories, and its objects are spread over them as
+    evenly as can be. Always the same for the same numbers; objects beyond 256 repeat the rectangles.
 
     Args:
         images: In the batch, 1 or more.
@@ -159,7 +159,7 @@ def sized_batch(
     for _ in range(images):
         noise = rng.randint(0, 256, (resolution, resolution, 3)).astype(np.uint8)
         datapoint = make_datapoint(Image.fromarray(noise), [f"kind {n + 1}" for n in range(prompts)])
-        _add_objects(datapoint, masks, boxes, asked_by=1)
+        _add_objects(datapoint, masks, boxes, [range(n, objects, prompts) for n in range(prompts)])
         datapoints.append(datapoint)
     return _batch_with_targets(datapoints, resolution, device)
 
@@ -173,9 +173,12 @@ def _grid_boxes(count: int, side: int) -> NDArray[np.float32]:
 
 
 def _add_objects(
-    datapoint: Any, masks: NDArray[np.bool_], boxes_xyxy: NDArray[np.float32], asked_by: int
+    datapoint: Any,
+    masks: NDArray[np.bool_],
+    boxes_xyxy: NDArray[np.float32],
+    numbers: Sequence[Sequence[int]],
 ) -> None:
-    """Put objects into the one image of a datapoint, as what its first ``asked_by`` prompts ask for."""
+    """Put objects into the one image of a datapoint, and tell each of its prompts the numbers of its own."""
     datapoint.images[0].objects = [
         Object(
             bbox=torch.tensor(box),
@@ -186,8 +189,8 @@ def _add_objects(
         )
         for i, (box, mask) in enumerate(zip(boxes_xyxy, masks, strict=True))
     ]
-    for query in datapoint.find_queries[:asked_by]:
-        query.object_ids_output = list(range(len(masks)))
+    for query, own in zip(datapoint.find_queries, numbers, strict=True):
+        query.object_ids_output = list(own)
 
 
 def _batch_with_targets(datapoints: list[Any], resolution: int, device: str | torch.device) -> Any:

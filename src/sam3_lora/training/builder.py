@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +13,7 @@ from sam3_lora.adapter import get_peft_sam3, load_adapter
 from sam3_lora.adapter.copies import is_quantised
 from sam3_lora.base.checkpoint import DEFAULT
 from sam3_lora.base.loading import load_base
+from sam3_lora.memory import apply_levers, memory_settings
 from sam3_lora.training.starts import dataset_losses
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (the modules above stand in for triton)
@@ -27,6 +28,8 @@ def build_sam3_lora_model(
     eval_mode: bool = False,
     quantization: str | None = None,
     init_data: str | None = None,
+    memory: Mapping[str, Any] | None = None,
+    amp: bool | Literal["auto"] = "auto",
 ) -> Sam3Image:
     """Return a base with LoRA injected, on the CPU, for the official trainer, which moves it.
 
@@ -43,7 +46,11 @@ def build_sam3_lora_model(
         eval_mode: Return the model in eval mode.
         quantization: As for :func:`sam3_lora.load_base`. The model is then on the GPU of this process already.
         init_data: Folder of the dataset that an adapter with ``init_lora_weights="eva"`` or ``"lora_ga"`` starts from.
+        memory: The ``memory`` block of a config, what :class:`sam3_lora.memory.MemorySettings` holds; ``None`` trains as
+            the official recipe does.
+        amp: Whether it is trained under bfloat16 autocast; ``"auto"`` where there is CUDA.
     """
+    settings = memory_settings(memory)
     # Quantised weights are made where they stay.
     on_gpu = quantization is not None and torch.cuda.is_available()
     model = load_base(
@@ -59,6 +66,7 @@ def build_sam3_lora_model(
         steps = dataset_losses(init_data) if init_data else None
         adapted = get_peft_sam3(model, preset=preset, init_data=steps, **(overrides or {}))
     inner: Sam3Image = adapted.get_base_model()
+    apply_levers(inner, settings, amp)
     _keep_from_ddp(inner)
     return inner
 

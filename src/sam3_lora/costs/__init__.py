@@ -1,0 +1,1 @@
+"""What a training step of the full-size model costs, counted."""
