@@ -116,7 +116,8 @@ Their settings stand in the place of the preset, and the modules are chosen as f
 get_peft_sam3(model, peft.LoHaConfig(r=8, alpha=16), components=["detr_decoder"], kinds=["attention"])
 ```
 
-For the official trainer the config names the class: `adapter.preset: {{_target_: peft.LoHaConfig, r: 8, alpha: 16}}`.
+For the official trainer the config names the class: `adapter.preset: {{_target_: peft.LoHaConfig, r: 8, alpha: 16}}`,
+or `sam3-lora train ... --set 'adapter.preset={{"_target_": "peft.LoHaConfig", "r": 8, "alpha": 16}}'`.
 Before the model is touched, one module of each kind gets the adapter on a copy: its outputs must stay the same until it
 is trained, and every tensor of it must have an effect and a gradient. What is not LoRA can be saved, loaded, switched,
 disabled, merged and verified; scaling per component, combination, hot swapping and a quantised base are for LoRA alone.
