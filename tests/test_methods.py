@@ -30,9 +30,9 @@ torch.set_num_threads(1)
 
 METHODS = [
     pytest.param(peft.LoHaConfig(r=2), id="LoHa"),
-    pytest.param(peft.LoKrConfig(r=2), id="LoKr"),
+    pytest.param(peft.LoKrConfig(r=2), id="LoKr", marks=pytest.mark.slow),
     pytest.param(peft.OFTConfig(oft_block_size=4), id="OFT"),
-    pytest.param(peft.BOFTConfig(boft_block_size=4), id="BOFT"),
+    pytest.param(peft.BOFTConfig(boft_block_size=4), id="BOFT", marks=pytest.mark.slow),
     pytest.param(peft.IA3Config(), id="IA3"),
     pytest.param(peft.VeraConfig(r=4), id="VeRA, whose matrices all layers share"),
     pytest.param(
@@ -194,7 +194,7 @@ def test_the_trainers_builder_takes_the_settings_of_a_method():
     assert any("hada_w1_a" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("config", [METHODS[0], METHODS[4], METHODS[5]])
+@pytest.mark.parametrize("config", [METHODS[0], METHODS[5]])
 def test_every_module_of_a_method_is_proved_to_act(config):
     model = get_peft_sam3(untouched(), config, components=["detr_decoder"], kinds=["mlp"])
     before = {name: p.clone() for name, p in model.named_parameters()}
