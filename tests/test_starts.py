@@ -153,6 +153,21 @@ def test_a_start_that_fails_leaves_the_model_without_an_adapter():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_eva_gives_up_where_too_few_rows_enter_a_module(dataset, monkeypatch):
+    monkeypatch.setattr("sam3_lora.adapter.starting._MOST_PASSES", 3)
+    model = untouched()
+    with pytest.raises(ConfigError, match="no lasting directions in 1 batches within 3 passes"):
+        get_peft_sam3(
+            model,
+            init_lora_weights="eva",
+            init_data=dataset_losses(dataset, 1),
+            components=["geometry_encoder"],
+            kinds=["attention"],
+            r=4,
+        )
+    assert adapted_modules(model) == []
+
+
 def test_a_dataset_without_images_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "_annotations.coco.json").write_text(

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from sam3_lora.presets import PRESETS as PRESETS
     from sam3_lora.presets import Preset as Preset
     from sam3_lora.presets import get_preset as get_preset
+    from sam3_lora.suggestion import Suggestion as Suggestion
+    from sam3_lora.suggestion import suggest as suggest
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.launch import TrainResult as TrainResult
     from sam3_lora.training.launch import TrainSettings as TrainSettings
@@ -70,6 +72,7 @@ _MODULES = {
     "Predictor": "inference",
     "Preset": "presets",
     "Sam3LoraError": "errors",
+    "Suggestion": "suggestion",
     "TrainResult": "training.launch",
     "TrainSettings": "training.launch",
     "Verification": "verification",
@@ -100,6 +103,7 @@ _MODULES = {
     "scale_adapter": "adapter",
     "set_adapter": "adapter",
     "split_attention": "attention",
+    "suggest": "suggestion",
     "train": "finetune",
     "unload": "adapter",
     "use_adapter": "adapter",

@@ -54,8 +54,8 @@ def start_from_inputs(adapted: PeftModel, adapter_name: str, steps: Sequence[Ste
             warnings.simplefilter("ignore")  # scikit-learn's words on PCA of few rows
             initialize_lora_eva_weights(
                 adapted,
-                _Passes(steps),
-                forward_fn=lambda _, step: step(inner),
+                list(steps),
+                forward_fn=_within_passes(inner, len(steps)),
                 prepare_model_inputs_fn=lambda step, config: None,
                 prepare_layer_inputs_fn=_rows,
                 adapter_name=adapter_name,
@@ -116,27 +116,19 @@ def _rows(layer_input: Any, model_input: None, layer_name: str) -> Tensor:
     return tensor.detach().float().reshape(-1, tensor.shape[-1])
 
 
-class _Passes(Sequence[Any]):
-    """Batches that PEFT goes through again and again until all has settled, but not for ever."""
+def _within_passes(inner: nn.Module, number: int) -> Callable[[nn.Module, Step], Tensor]:
+    """Return a function that runs a batch, but not for ever: PEFT goes on until all directions have settled."""
+    left = iter(range(_MOST_PASSES * number))
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps = steps
-        self._passes = 0
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._steps[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        self._passes += 1
-        if self._passes > _MOST_PASSES:
+    def forward(_: nn.Module, step: Step) -> Tensor:
+        if next(left, None) is None:
             raise ConfigError(
-                f"EVA found no lasting directions in {len(self)} batches within {_MOST_PASSES} passes; give more images, a "
-                "lower r, or an eva_config with a lower tau"
+                f"EVA found no lasting directions in {number} batches within {_MOST_PASSES} passes; give more images, a lower "
+                "r, or leave out modules that few rows enter, such as geometry_encoder where only words are asked"
             )
-        return iter(self._steps)
+        return step(inner)
+
+    return forward
 
 
 def _remove_hooks(inner: nn.Module) -> None:

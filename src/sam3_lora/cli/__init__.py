@@ -11,7 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sam3_lora.cli import components, demo, doctor, estimate, evaluate, plan, predict, presets, train, verify
+from sam3_lora.cli import (
+    components,
+    demo,
+    doctor,
+    estimate,
+    evaluate,
+    plan,
+    predict,
+    presets,
+    suggest,
+    train,
+    verify,
+)
 from sam3_lora.cli.arguments import Parser
 from sam3_lora.errors import Sam3LoraError, did_you_mean
 
@@ -24,6 +36,7 @@ _VERBS = {
     "components": components,
     "plan": plan,
     "estimate": estimate,
+    "suggest": suggest,
     "verify": verify,
     "doctor": doctor,
 }
