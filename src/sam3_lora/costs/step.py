@@ -151,9 +151,8 @@ def count_training_step(
 
 def _materialise(model: nn.Module) -> None:
     """Put a fake tensor on the CPU in the place of each one on the meta device, also of those that are no buffers."""
-    made: dict[
-        int, tuple[Tensor, Tensor]
-    ] = {}  # with the original, whose id would be given to another one otherwise
+    # With the original, whose id another tensor would get otherwise.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_cpu(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_meta:
