@@ -121,8 +121,8 @@ tensor from when it is made to when it is freed. The numbers are the same on eve
 OMP_NUM_THREADS=1 python -W ignore benchmarks/count.py
 ```
 
-makes this page again, with `benchmarks/counts.json`, which holds all that was counted ({made}). `--presets`, `--settings`
-and `--points P,N,B` count more of it.
+makes this page again, with `benchmarks/counts.json`, which holds all that was counted ({made}).
+`--presets`, `--settings` and `--points P,N,B` count more of it, `--again` counts anew.
 
 Not in the numbers: the optimizer (8 bytes for each trainable parameter), what CUDA takes for itself (about 0.8 GB), what
 its allocator rounds up and what kernels take while they run. GB = 10^9 bytes. Objects are those of one image, spread

@@ -195,7 +195,7 @@ def test_a_config_without_a_dataset_says_what_is_missing(tmp_path):
 def test_box_and_mask_losses_are_on(composed):
     loss = composed("sam3_lora/demo").trainer.loss.all
     targets = {entry._target_.rpartition(".")[2] for entry in loss.loss_fns_find}
-    assert targets == {"Boxes", "IABCEMdetr", "Masks"}
+    assert targets == {"Boxes", "IABCEMdetr", "ChunkedMasks"}
     assert loss.loss_fn_semantic_seg._target_ == "sam3.train.loss.loss_fns.SemanticSegCriterion"
 
 

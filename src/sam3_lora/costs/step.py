@@ -151,7 +151,8 @@ def count_training_step(
 
 def _materialise(model: nn.Module) -> None:
     """Put a fake tensor on the CPU in the place of each one on the meta device, also of those that are no buffers."""
-    made: dict[int, Tensor] = {}
+    # With the original, whose id another tensor would get otherwise.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_cpu(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_meta:
@@ -159,8 +160,8 @@ def _materialise(model: nn.Module) -> None:
         if id(value) not in made:
             tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
             is_parameter = isinstance(value, nn.Parameter)
-            made[id(value)] = nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor
-        return made[id(value)]
+            made[id(value)] = (value, nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor)
+        return made[id(value)][1]
 
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -48,7 +48,7 @@ def _cost(step: Step) -> tuple[int, int]:
     preset, levers, size = step
     formula = formula_of(preset, levers)
     assert formula is not None
-    return formula.peak(*size)[1] + formula.optimizer_bytes, formula.step_flops(*size)
+    return formula.peak(*size)[1] + formula.held_besides, formula.step_flops(*size)
 
 
 def _other_levers(

@@ -51,6 +51,11 @@ class Formula:
     counted: tuple[tuple[int, int, int], ...]
 
     @property
+    def held_besides(self) -> int:
+        """Bytes that a counted step does not have: the optimizer's, and the room that DDP keeps for the gradients."""
+        return self.optimizer_bytes + self.gradient_bytes
+
+    @property
     def optimizer_bytes(self) -> int:
         """Of AdamW: two moments in fp32 for each trainable parameter."""
         return 8 * self.trainable_parameters

@@ -146,7 +146,7 @@ def _estimated(preset: str, levers: Mapping[str, Any], prompts: int, objects: in
         objects=objects,
         batch=batch,
         memory=levers,
-        peak_bytes=peak + formula.optimizer_bytes,
+        peak_bytes=peak + formula.held_besides,
         peak_phase=phase,
         step_flops=formula.step_flops(prompts, objects, batch),
         trainable_parameters=formula.trainable_parameters,
@@ -154,7 +154,7 @@ def _estimated(preset: str, levers: Mapping[str, Any], prompts: int, objects: in
             "weights": formula.weights_bytes,
             "gradients": formula.gradient_bytes,
             "optimizer": formula.optimizer_bytes,
-            "activations": peak - formula.weights_bytes - formula.gradient_bytes,
+            "activations": peak - formula.weights_bytes,
             "cuda_context": CUDA_CONTEXT_BYTES,
         },
     )
