@@ -18,7 +18,7 @@ from sam3_lora.components import COMPONENT_MAP_VERSION, COMPONENTS
 from sam3_lora.errors import DataError
 from sam3_lora.presets import PRESETS
 
-VERBS = ["train", "predict", "evaluate", "demo", "presets", "components", "plan", "doctor"]
+VERBS = ["train", "predict", "evaluate", "demo", "presets", "components", "plan", "estimate", "doctor"]
 TRAIN = ["train", "--data", "my data", "--output", "runs/a"]
 
 

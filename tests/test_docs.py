@@ -97,7 +97,8 @@ def commands(document: Path) -> list[list[str]]:
     )
     found = [
         re.search(
-            r"(?:^|[$ ]|=\S+ )sam3-lora ((?:train|evaluate|demo|presets|components|plan|doctor)\b.*)", line
+            r"(?:^|[$ ]|=\S+ )sam3-lora ((?:train|evaluate|demo|presets|components|plan|estimate|doctor)\b.*)",
+            line,
         )
         for line in lines
     ]

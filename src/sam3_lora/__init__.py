@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from sam3_lora.data.check import check_dataset as check_dataset
     from sam3_lora.demo import run_demo as run_demo
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
+    from sam3_lora.estimation.advice import Advice as Advice
+    from sam3_lora.estimation.estimate import Estimate as Estimate
+    from sam3_lora.estimation.estimate import estimate as estimate
     from sam3_lora.evaluation.compare import Evaluation as Evaluation
     from sam3_lora.evaluation.compare import evaluate as evaluate
     from sam3_lora.finetune import resume as resume
@@ -57,6 +60,8 @@ __version__ = version("sam3-lora")
 # torch takes seconds to import: a name brings in its module when it is first used.
 _MODULES = {
     "AdapterPlan": "adapter_plan",
+    "Advice": "estimation.advice",
+    "Estimate": "estimation.estimate",
     "Evaluation": "evaluation.compare",
     "Finding": "installation",
     "PRESETS": "presets",
@@ -77,6 +82,7 @@ _MODULES = {
     "delete_adapter": "adapter",
     "disable_adapter": "adapter",
     "doctor": "installation",
+    "estimate": "estimation.estimate",
     "evaluate": "evaluation.compare",
     "fuse_attention": "attention",
     "get_peft_sam3": "adapter",

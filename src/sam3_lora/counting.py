@@ -37,12 +37,21 @@ _NO_LAUNCH = {
 
 @dataclass(frozen=True)
 class PartCount:
-    """What one part of the model did: FLOPs with its backward and recomputation, and the bytes that it made and that
-    were alive at the end of the forward and at the peak of the step."""
+    """What one part of the model did.
+
+    Attributes:
+        flops: With its backward and recomputation.
+        forward_bytes: Made by the part and alive when the forward ended.
+        peak_bytes: Made by the part and alive at the peak of the step.
+        highest_in_forward: Most bytes alive at once, whoever made them, while the part was at work in the forward.
+        highest_in_backward: The same for the backward; the peak of the step is the highest of all.
+    """
 
     flops: int
     forward_bytes: int
     peak_bytes: int
+    highest_in_forward: int
+    highest_in_backward: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class StepCount:
             activation checkpoint nothing is kept but its inputs.
         gradient_bytes: Of the gradients that the step left on the tensors given.
         launches: Operations of torch itself that start work: no views, and no mere allocations.
-        parts: The same by part, with :data:`GIVEN` and :data:`REST`; they add up to the whole.
+        parts: FLOPs and bytes by part, with :data:`GIVEN` and :data:`REST`; they add up to the whole.
     """
 
     flops: int
@@ -101,7 +110,7 @@ def count_step(
         storages = [storage for reference in saved.values() if (storage := reference()) is not None]
         saved_bytes = sum(storage.nbytes() for storage in storages)
         del storages
-        loss.backward()
+        _backward(loss)
     gradients = [tensor.grad for tensor in held if tensor.is_leaf and tensor.grad is not None]
     peak_parts = counter.at_peak()
     return StepCount(
@@ -112,9 +121,22 @@ def count_step(
         gradient_bytes=sum(gradient.nbytes for gradient in gradients),
         launches=counter.launches,
         parts={
-            part: PartCount(counter.flops[part], forward_parts.get(part, 0), peak_parts.get(part, 0))
+            part: PartCount(
+                flops=counter.flops[part],
+                forward_bytes=forward_parts.get(part, 0),
+                peak_bytes=peak_parts.get(part, 0),
+                highest_in_forward=counter.highest[part, False],
+                highest_in_backward=counter.highest[part, True],
+            )
             for part in (GIVEN, *(parts or {}), REST)
         },
+    )
+
+
+def _backward(loss: Tensor) -> None:
+    """Do what ``loss.backward()`` does, without taking a TorchFunctionMode off meanwhile: recomputation needs it too."""
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
@@ -124,6 +146,7 @@ class _Counter(TorchDispatchMode):
         self.launches = self.live_bytes = self.peak_bytes = 0
         self.flops: Counter[str] = Counter()
         self.live_by_part: Counter[str] = Counter()
+        self.highest: Counter[tuple[str, bool]] = Counter()  # of part and whether in the backward
         self.running: list[str] = []  # parts whose forward is under way, the inner last
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._peak_parts: dict[str, int] | None = None
@@ -159,9 +182,11 @@ class _Counter(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key not in self._alive:
             part = part or self.part()
+            in_backward = torch._C._current_autograd_node() is not None
             self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size, part))
             self.live_bytes += size
             self.live_by_part[part] += size
+            self.highest[part, in_backward] = max(self.highest[part, in_backward], self.live_bytes)
             if self.live_bytes > self.peak_bytes:
                 self.peak_bytes, self._peak_parts = self.live_bytes, None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -23,7 +24,7 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 def is_quantised(weight: torch.Tensor) -> bool:
     """Whether a weight is held in a class of its own, as bitsandbytes and torchao do."""
-    return type(weight) not in (nn.Parameter, torch.Tensor)
+    return type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def _plain_linear(module: Any) -> nn.Module:

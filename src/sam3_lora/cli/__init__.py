@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sam3_lora.cli import components, demo, doctor, evaluate, plan, predict, presets, train, verify
+from sam3_lora.cli import components, demo, doctor, estimate, evaluate, plan, predict, presets, train, verify
 from sam3_lora.cli.arguments import Parser
 from sam3_lora.errors import Sam3LoraError, did_you_mean
 
@@ -23,6 +23,7 @@ _VERBS = {
     "presets": presets,
     "components": components,
     "plan": plan,
+    "estimate": estimate,
     "verify": verify,
     "doctor": doctor,
 }

@@ -78,6 +78,17 @@ def share(text: str) -> float:
     return value
 
 
+def gigabytes(text: str) -> float:
+    """Return a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"needs a number of gigabytes, such as 16, got {text!r}")
+    return value
+
+
 def prompt(text: str) -> str:
     """Return the words without the spaces around them."""
     if not text.strip():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam3_lora.cli import arguments
 
 if TYPE_CHECKING:
-    from sam3_lora.training.launch import TrainResult
+    from sam3_lora.training.launch import TrainResult, TrainSettings
 
 HELP: dict[str, Any] = {
     "help": "train an adapter on your images",
@@ -101,9 +102,46 @@ def _train(args: argparse.Namespace) -> None:
             overrides={key: value for key, value in args.set if "." not in key},
             config={key: value for key, value in args.set if "." in key},
         )
+        _announce_costs(settings)
         with run_on_stderr() as (show, show_report):
             result = train(settings, on_progress=show, on_report=show_report)
     _print_result(result, as_json=args.json)
+
+
+def _announce_costs(settings: TrainSettings) -> None:
+    """Say on standard error what a step will cost; of data that cannot be read the training itself says more."""
+    from sam3_lora.errors import ConfigError, DataError
+    from sam3_lora.estimation.estimate import MAX_OBJECTS, estimate
+
+    if settings.base == "tiny":
+        return
+    memory = {k.removeprefix("memory."): v for k, v in settings.config.items() if k.startswith("memory.")}
+    try:
+        if settings.overrides or settings.config.get("base.quantization"):
+            raise ConfigError("only presets and bases as they are shipped were counted")
+        found = estimate(
+            settings.preset,
+            data=settings.data,
+            batch=settings.batch_size or _whole(settings.config.get("training.batch_size"), 1),
+            memory=memory,
+            max_objects=_whole(settings.config.get("training.max_objects"), MAX_OBJECTS),
+        )
+    except DataError:
+        return
+    except ConfigError as error:
+        print(f"No estimate of memory: {error}", file=sys.stderr)
+        return
+    worst = found.worst_image or found
+    print(
+        f"Estimated: {found.device_bytes / 1e9:.1f} GB of GPU memory ({found.prompts} prompts, {found.objects} objects an "
+        f"image), {worst.device_bytes / 1e9:.1f} GB for the image with the most objects ({worst.objects}), "
+        f"{found.step_flops / 1e12:.1f} TFLOP a step. More: sam3-lora estimate --data {shlex.quote(str(settings.data))}",
+        file=sys.stderr,
+    )
+
+
+def _whole(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise
 
 
 #: Options that are settings of :class:`TrainSettings` by the same name; one that is not given keeps its default.

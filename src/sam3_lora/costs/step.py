@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
@@ -22,6 +23,8 @@ from sam3_lora.costs.cuda import as_on_cuda
 from sam3_lora.costs.values import StandInValues
 from sam3_lora.counting import StepCount, count_step
 from sam3_lora.errors import ConfigError
+from sam3_lora.memory import apply_levers, memory_settings
+from sam3_lora.memory.settings import AUTO
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
 from sam3.train.data.collator import collate_fn_api  # isort: skip
@@ -56,7 +59,8 @@ class FullSizeStep:
         preset: What is adapted, or a function that prepares the official model another way, such as for full
             fine-tuning; it returns the model to train, in place or wrapped.
         amp: bfloat16 autocast, as on CUDA; else float32.
-        config: Keys of the training config to change, by dotted name, such as ``{"loss.o2m_weight": 1.0}``.
+        config: Keys of the training config to change, by dotted name, such as ``{"memory.segmentation_chunk": None}``.
+            ``memory.bf16_base: auto`` is taken as on CUDA.
         **overrides: As for :func:`sam3_lora.get_peft_sam3`.
     """
 
@@ -78,8 +82,13 @@ class FullSizeStep:
             OmegaConf.update(settings, key, value)
         self._loss: Any = instantiate(settings.loss, normalization="local")  # "global" needs a process group
         model.matcher = self._loss.matcher
+        block: Any = OmegaConf.to_container(settings.memory)
+        memory = memory_settings(block)
+        if memory.bf16_base == AUTO:
+            memory = dataclasses.replace(memory, bf16_base=amp)
         with self._faked():
             _materialise(self._model)
+            apply_levers(model, memory, amp)
             self._model.train()
 
     def trainable_parameters(self) -> int:
@@ -142,7 +151,9 @@ def count_training_step(
 
 def _materialise(model: nn.Module) -> None:
     """Put a fake tensor on the CPU in the place of each one on the meta device, also of those that are no buffers."""
-    made: dict[int, Tensor] = {}
+    made: dict[
+        int, tuple[Tensor, Tensor]
+    ] = {}  # with the original, whose id would be given to another one otherwise
 
     def on_cpu(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_meta:
@@ -150,8 +161,8 @@ def _materialise(model: nn.Module) -> None:
         if id(value) not in made:
             tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
             is_parameter = isinstance(value, nn.Parameter)
-            made[id(value)] = nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor
-        return made[id(value)]
+            made[id(value)] = (value, nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor)
+        return made[id(value)][1]
 
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -10,6 +10,7 @@ where                             asks for                                      
 ``BinaryHungarianMatcherV2``      the cost matrix, as numpy                     zeros: one query for each object
 ``BinaryOneToManyMatcher``        the matches above a score                     ``topk`` queries for each object, the most
                                                                                 that can match
+the mask losses                   which objects have a mask                     all
 ``segment_miou``                  whether there is any mask                     yes
 ``SemanticSegCriterion``          how many prompts have an object              1: it only divides by that
 torchmetrics' ``f1_score``        the distinct values of a target               0 and 1
@@ -80,9 +81,11 @@ class StandInValues(TorchFunctionMode):
 
 
 def _mask_as_places(index: Any) -> Any:
-    """Return the places that a real bool mask chooses: how many they are decides the shape."""
-    if isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool:
-        with unset_fake_temporarily():
-            places = index.nonzero(as_tuple=True)
-        return places[0] if len(places) == 1 else places
-    return index
+    """Return the places that a bool mask chooses: how many they are decides the shape."""
+    if not isinstance(index, Tensor) or index.dtype != torch.bool:
+        return index
+    with unset_fake_temporarily():
+        if isinstance(index, FakeTensor):
+            return torch.arange(len(index)) if index.dim() == 1 else index
+        places = index.nonzero(as_tuple=True)
+    return places[0] if len(places) == 1 else places

@@ -24,6 +24,7 @@ from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.lock import take_lock
+from sam3_lora.training.memory_check import MemoryCheck, memory_check
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
@@ -182,6 +183,8 @@ class LoraTrainer(Trainer):
         self._fingerprint: Fingerprint = fingerprint_of_run(
             {**self._settings, "processes": torch.distributed.get_world_size()}
         )
+        on_cuda = self.device.type == "cuda" and self.mode != "val"
+        self._memory_check: MemoryCheck | None = memory_check(self.model_conf) if on_cuda else None
         self._prompts, images = _prompts_and_images(self.data_conf)
         self._about_run = {"images": images, "seed": self._seed, "best_metric": self._best_metric}
         super()._setup_components()
@@ -213,12 +216,16 @@ class LoraTrainer(Trainer):
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
     ) -> None:
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
+        if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
+            self._memory_check.measured(torch.cuda.max_memory_allocated())
         loss = loss_mts[f"Losses/{phase}_all_loss"].val
         step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
         self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
 
     def _step(self, batch: Any, model: Any, phase: str) -> Any:
         # The official autocast is for CUDA alone.
+        if self._memory_check is not None and phase == "train":
+            self._memory_check.see(next(iter(batch.values())))
         amp = self.optim_conf.amp if self.optim_conf else None
         on_cpu = self.device.type == "cpu" and amp is not None and amp.enabled
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_cpu):

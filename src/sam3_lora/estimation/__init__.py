@@ -1,0 +1,1 @@
+"""The costs of a training step before it runs, from counted ones."""
