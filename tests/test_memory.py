@@ -346,6 +346,13 @@ def test_a_batch_without_objects_has_a_mask_loss_of_zero_at_points_too(make):
     assert found["loss_mask"] == found["loss_dice"] == 0 and not predicted.grad.any()
 
 
+def test_masks_of_one_kind_of_query_alone_are_not_halved(make):
+    with_chunks, official = make(3, segmentation_chunk=1), make(3)
+    for model in (with_chunks[0], official[0]):
+        model.o2m_mask_predict = False
+    assert_equal_gradients(gradients(*with_chunks), gradients(*official))
+
+
 def test_parts_that_are_trained_whole_get_the_same_gradients(make):
     whole = "+adapter.overrides.train_also=[segmentation_head,box_heads]"
     found = gradients(*make(3, "minimal", whole, **{**ALL, "bf16_base": False}))
