@@ -34,6 +34,18 @@ class OutputError(Sam3LoraError):
     """An output folder that cannot be written without loss of something that is there."""
 
 
+class RunStopped(Sam3LoraError):
+    """A run that ended early because somebody asked for it; what was done is saved.
+
+    Attributes:
+        exit_code: 128 + the number of the signal that asked.
+    """
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or ``""`` if none is close.
 

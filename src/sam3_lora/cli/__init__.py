@@ -25,7 +25,7 @@ from sam3_lora.cli import (
     verify,
 )
 from sam3_lora.cli.arguments import Parser
-from sam3_lora.errors import Sam3LoraError, did_you_mean
+from sam3_lora.errors import RunStopped, Sam3LoraError, did_you_mean
 
 _VERBS = {
     "train": train,
@@ -43,7 +43,8 @@ _VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 128 + its number
+    for another signal after which a run saved and stopped."""
     try:
         arguments = _parse(sys.argv[1:] if argv is None else list(argv))
         with _quiet_imports():
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except SystemExit as exit_of_argparse:
         return int(exit_of_argparse.code or 0)
+    except RunStopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except Sam3LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

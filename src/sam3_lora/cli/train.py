@@ -53,6 +53,12 @@ def add_options(parser: arguments.Parser) -> None:
     add("--lr", type=arguments.rate, metavar="X", help="highest learning rate")
     add("--seed", type=arguments.seed, metavar="N", help="seed of all random choices (default: 0)")
     add(
+        "--save-every-steps",
+        type=arguments.count,
+        metavar="N",
+        help="also save after every N steps, to go on in the middle of an epoch (default: after each epoch, and on Ctrl-C)",
+    )
+    add(
         "--num-gpus",
         type=arguments.count,
         metavar="N",
@@ -145,7 +151,18 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 #: Options that are settings of :class:`TrainSettings` by the same name; one that is not given keeps its default.
-_SETTINGS = ("data", "output", "preset", "base", "max_epochs", "batch_size", "lr", "seed", "num_gpus")
+_SETTINGS = (
+    "data",
+    "output",
+    "preset",
+    "base",
+    "max_epochs",
+    "batch_size",
+    "lr",
+    "seed",
+    "save_every_steps",
+    "num_gpus",
+)
 
 
 def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +174,10 @@ def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
         "adapter.preset": args.preset,
         "base.name": None if args.base is None else absolute_base(args.base),
         "launcher.gpus_per_node": args.num_gpus,
-        **{f"training.{name}": getattr(args, name) for name in ("max_epochs", "batch_size", "lr", "seed")},
+        **{
+            f"training.{name}": getattr(args, name)
+            for name in ("max_epochs", "batch_size", "lr", "seed", "save_every_steps")
+        },
         **{key if "." in key else f"adapter.overrides.{key}": value for key, value in args.set},
     }
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -18,15 +20,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info, find_checkpoint
 from sam3_lora.data.check import check_dataset
-from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError, as_report, did_you_mean
+from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
+from sam3_lora.training.relay import SignalRelay, stopped_run
+from sam3_lora.training.signals import stop_signals_held, stop_signals_to
 
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
+
+_HEADER = (
+    "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
+)
 
 
 class TrainingError(Sam3LoraError):
@@ -46,6 +54,7 @@ class TrainSettings:
         batch_size: Images a process and step.
         lr: Peak learning rate.
         seed: Of everything random in the run.
+        save_every_steps: Also save after every so many steps, in the middle of an epoch.
         num_gpus: Processes on this machine; without CUDA they run on the CPU.
         overwrite: Replace what is in ``output``.
         report: Whether :func:`sam3_lora.train` ends with ``report.html``, for which the base is evaluated on ``valid/``.
@@ -61,6 +70,7 @@ class TrainSettings:
     batch_size: int | None = None
     lr: float | None = None
     seed: int = 0
+    save_every_steps: int | None = None
     num_gpus: int = 1
     overwrite: bool = False
     report: bool = True
@@ -75,6 +85,7 @@ class TrainSettings:
             for name, value, least in (
                 ("max_epochs", self.max_epochs, 1),
                 ("batch_size", self.batch_size, 1),
+                ("save_every_steps", self.save_every_steps, 1),
                 ("num_gpus", self.num_gpus, 1),
                 ("seed", self.seed, 0),
             )
@@ -122,23 +133,32 @@ def resume(
     if not run_file.is_file():
         raise OutputError(f"{output} holds no run to go on with: there is no {RUN_FILE!r} in it")
     check_not_running(output)
+    expected = dict(expected or {})
+    save_every = expected.pop("training.save_every_steps", None)  # changes when it is saved, not what
     started_with = OmegaConf.load(run_file)
     resolved = output / "config_resolved.yaml"
     known = OmegaConf.load(resolved) if resolved.is_file() else started_with
     changed = [
         f"{key}: the run has {before!r}, asked for {now!r}"
-        for key, now in {"paths.experiment_log_dir": str(output.resolve()), **(expected or {})}.items()
+        for key, now in {"paths.experiment_log_dir": str(output.resolve()), **expected}.items()
         if (before := OmegaConf.select(known, key)) != now
     ]
     if changed:
         raise ConfigError(f"{output} was started with other settings: {as_report(changed)}")
     check_dataset(Path(started_with.paths.dataset_root))
     find_checkpoint(started_with.base.name)
+    if save_every is not None:
+        OmegaConf.update(started_with, "training.save_every_steps", save_every)
+        write_text_atomic(run_file, _HEADER + OmegaConf.to_yaml(started_with))
     return _run_to_the_end(run_file, started_with.launcher.gpus_per_node, on_progress)
 
 
 def _run_to_the_end(run_file: Path, num_gpus: int, on_progress: OnProgress | None) -> TrainResult:
-    result = run_official_script(run_file, run_file.parent, num_gpus, on_progress)
+    try:
+        result = run_official_script(run_file, run_file.parent, num_gpus, on_progress)
+    except RunStopped as stop:
+        go_on = f"sam3-lora train --resume {shlex.quote(str(run_file.parent))}"
+        raise RunStopped(f"{stop}\nGo on with: {go_on}", stop.exit_code) from None
     mark_finished(run_file.parent)
     return result
 
@@ -204,6 +224,7 @@ def run_yaml(settings: TrainSettings) -> str:
         "batch_size": settings.batch_size,
         "lr": settings.lr,
         "seed": settings.seed,
+        "save_every_steps": settings.save_every_steps,
     }
     info = base_info(settings.base)
     run = OmegaConf.create(
@@ -235,9 +256,8 @@ def demo_yaml(output: Path, seed: int) -> str:
 
 
 def _as_run_file(layers: list[str], run: DictConfig) -> str:
-    header = "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
     defaults = OmegaConf.create({"defaults": [*layers, "_self_"]})
-    return header + OmegaConf.to_yaml(defaults) + OmegaConf.to_yaml(run)
+    return _HEADER + OmegaConf.to_yaml(defaults) + OmegaConf.to_yaml(run)
 
 
 def run_official_script(
@@ -253,20 +273,27 @@ def run_official_script(
 
     Raises:
         TrainingError: With the last error of the script and where to read the rest.
+        RunStopped: When a stop signal came, here or to the script.
     """
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "sam3.train.train", "-c", str(config), "--use-cluster", "0"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     progress = ProgressReader(logs, on_progress)
-    with open(logs / CONSOLE_LOG, "w", encoding="utf-8") as console:
-        process = subprocess.Popen(
-            [*command, "--num-gpus", str(num_gpus)],
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    with (
+        open(logs / CONSOLE_LOG, "w", encoding="utf-8") as console,
+        stop_signals_to(SignalRelay(logs, progress)),
+    ):
+        with (
+            stop_signals_held()
+        ):  # so that the script gets none before it can save, and its launcher none at all
+            process = subprocess.Popen(
+                [*command, "--num-gpus", str(num_gpus)],
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -275,6 +302,8 @@ def run_official_script(
         finally:
             if process.poll() is None:
                 _stop(process)
+    if progress.stopped is not None:
+        raise stopped_run(progress)
     if process.returncode != 0:
         cause = progress.error or (
             f"the official training script ended with exit code {process.returncode}: {_last_error(logs / CONSOLE_LOG)}"
@@ -296,16 +325,10 @@ def _result(output: Path, progress: ProgressReader) -> TrainResult:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the script and the processes that it started: first politely, after five seconds for good."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=5)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        return
+    """End the script and the processes that it started, at once: what it writes is whole or not there."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _last_error(console: Path) -> str:

@@ -62,15 +62,19 @@ class ProgressReader:
     Attributes:
         start: What the run said of itself: ``epochs``, ``trainable_parameters``, ``total_parameters``.
         error: Text of the library's own error that ended the run, or ``""``.
+        last_step: ``epoch``, ``step``, ``steps`` and ``loss`` of the last step since the start; empty before it.
+        stopped: ``signal``, ``epoch`` and ``step`` of a stop that was asked for; ``None`` if there was none. ``step``
+            is ``None`` if it was in a validation.
     """
 
     def __init__(self, logs: Path, on_progress: OnProgress | None) -> None:
         self.start: dict[str, Any] = {}
         self.error = ""
+        self.last_step: dict[str, Any] = {}
+        self.stopped: dict[str, Any] | None = None
         self._path = logs / PROGRESS_FILE
         self._on_progress = on_progress
         self._metrics: dict[str, float] = {}
-        self._last_step: dict[str, Any] = {}
         self._offset = self._path.stat().st_size if self._path.exists() else 0
 
     def read(self) -> None:
@@ -82,14 +86,16 @@ class ProgressReader:
                 self.start = event
             elif kind == "error":
                 self.error = event["message"]
+            elif kind == "stopped":
+                self.stopped = event
             elif kind == "step":
-                self._last_step = event
+                self.last_step = event
                 self._show()
             else:
                 self._metrics = {name: value for name, value in event.items() if name != "epoch"}
                 self._show()
 
     def _show(self) -> None:
-        if self._on_progress is not None and self._last_step:
+        if self._on_progress is not None and self.last_step:
             epochs = self.start["epochs"]
-            self._on_progress(Progress(epochs=epochs, metrics=self._metrics, **self._last_step))
+            self._on_progress(Progress(epochs=epochs, metrics=self._metrics, **self.last_step))

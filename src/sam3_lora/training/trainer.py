@@ -23,6 +23,7 @@ from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraEr
 from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
+from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
@@ -30,7 +31,7 @@ from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 provide_triton()
 
 from sam3.eval.coco_writer import PredictionDumper  # noqa: E402
-from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
+from sam3.train.trainer import unwrap_ddp_if_wrapped  # noqa: E402
 
 #: Our name of a metric -> the official trainer's. ``valid`` is the dict_key of the validation batches.
 METRICS = {
@@ -48,7 +49,7 @@ BEST_DUMPS = "best"
 _COMPARED_ON_RESUME = ("model", "data", "loss", "max_epochs", "val_epoch_freq", "gradient_accumulation_steps")
 
 
-class LoraTrainer(Trainer):
+class LoraTrainer(InterruptibleTrainer):
     """The official Trainer for a model with LoRA injected. Configs name it as ``trainer._target_``.
 
     Added to the official one:
@@ -58,6 +59,7 @@ class LoraTrainer(Trainer):
     - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks:
       a run that is killed and started again ends with the same bytes. One that is started again with other data or
       settings is refused.
+    - It saves between steps, and stops there when a signal asks: :class:`InterruptibleTrainer`, whose keywords it takes.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works, and
       ``amp.enabled: true`` is bfloat16 autocast there too.
     - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
@@ -146,7 +148,7 @@ class LoraTrainer(Trainer):
         # The official one removes the old file before it renames the new one: a kill in between loses both.
         temporary = f"{checkpoint_path}.tmp"
         with open(temporary, "wb") as file:
-            torch.save({**checkpoint, "run": self._fingerprint}, file)
+            torch.save({**checkpoint, **self._checkpoint_extra, "run": self._fingerprint}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, checkpoint_path)
@@ -165,10 +167,19 @@ class LoraTrainer(Trainer):
             )
         super()._load_resuming_checkpoint(ckpt_path)
 
-    def _save_adapters(self, names: list[str], metrics: Mapping[str, float] | None = None) -> None:
+    def _item_seed(self) -> int:
+        return self._seed
+
+    def _save_last_adapter(self, done: int) -> None:
+        if not self.skip_saving_ckpts:
+            self._save_adapters(["last"], steps_of_epoch=done)
+
+    def _save_adapters(
+        self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
+    ) -> None:
         if self.distributed_rank != 0:
             return
-        training = {"epoch": int(self.epoch) + 1, "epochs": self.max_epochs, **self._about_run}
+        training = {"epoch": int(self.epoch) + 1, "epochs": self.max_epochs, **about, **self._about_run}
         training |= {"metrics": dict(metrics)} if metrics else {}
         for name in names:
             save_adapter(
