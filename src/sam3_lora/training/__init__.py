@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sam3_lora.training.augmentation import TrainImages as TrainImages
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.data import collate_fn as collate_fn
     from sam3_lora.training.data import render_demo_dataset as render_demo_dataset
@@ -15,13 +16,21 @@ if TYPE_CHECKING:
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
 _MODULES = {
     "LoraTrainer": "trainer",
+    "TrainImages": "augmentation",
     "build_sam3_lora_model": "builder",
     "collate_fn": "data",
     "lora_plus": "optimizer",
     "render_demo_dataset": "data",
 }
 
-__all__ = ["LoraTrainer", "build_sam3_lora_model", "collate_fn", "lora_plus", "render_demo_dataset"]
+__all__ = [
+    "LoraTrainer",
+    "TrainImages",
+    "build_sam3_lora_model",
+    "collate_fn",
+    "lora_plus",
+    "render_demo_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:

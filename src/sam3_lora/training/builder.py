@@ -13,7 +13,9 @@ from sam3_lora.adapter import get_peft_sam3, load_adapter
 from sam3_lora.adapter.copies import is_quantised
 from sam3_lora.base.checkpoint import DEFAULT
 from sam3_lora.base.loading import load_base
+from sam3_lora.errors import ConfigError, as_report
 from sam3_lora.memory import apply_levers, memory_settings
+from sam3_lora.training.image_settings import resolution_problems
 from sam3_lora.training.starts import dataset_losses
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (the modules above stand in for triton)
@@ -30,6 +32,7 @@ def build_sam3_lora_model(
     init_data: str | None = None,
     memory: Mapping[str, Any] | None = None,
     amp: bool | Literal["auto"] = "auto",
+    resolution: int | None = None,
 ) -> Sam3Image:
     """Return a base with LoRA injected, on the CPU, for the official trainer, which moves it.
 
@@ -49,7 +52,13 @@ def build_sam3_lora_model(
         memory: The ``memory`` block of a config, what :class:`sam3_lora.memory.MemorySettings` holds; ``None`` trains as
             the official recipe does.
         amp: Whether it is trained under bfloat16 autocast; ``"auto"`` where there is CUDA.
+        resolution: Side in pixels of the images that it will be given; a base takes one only.
+
+    Raises:
+        ConfigError: For another resolution, with the reason.
     """
+    if resolution is not None and (problems := resolution_problems(resolution, base)):
+        raise ConfigError(as_report(problems))
     settings = memory_settings(memory)
     # Quantised weights are made where they stay.
     on_gpu = quantization is not None and torch.cuda.is_available()

@@ -24,6 +24,7 @@ from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import seed_block_problems
+from sam3_lora.training.image_settings import image_problems
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 from sam3_lora.training.relay import SignalRelay, stopped_run
@@ -176,6 +177,7 @@ def check_settings(settings: TrainSettings) -> None:
         for key, value in settings.config.items()
         for problem in _config_problem(key, value, settings.preset)
     ]
+    problems += image_problems(settings.config, settings.base)
     if problems:
         raise ConfigError(as_report(problems))
     if settings.overrides:
