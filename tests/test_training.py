@@ -95,11 +95,15 @@ def test_the_record_of_an_adapter_tells_what_it_was_trained_on_and_what_it_reach
     assert records["best"]["prompts"] == ["purple cross", "orange hexagon", "cyan crescent"]
 
 
-def test_the_log_says_how_much_is_trained(run):
-    assert (
-        "Adapted 68 modules. Parameters: 5,038,310 in total, 133,120 trainable (2.642%)"
-        in (run[0].output / "logs" / "train.log").read_text()
-    )
+def test_the_log_says_what_is_in_force(run):
+    log = (run[0].output / "logs" / "train.log").read_text()
+    for line in (
+        "Adapter: 68 modules, 133,120 of 5,038,310 parameters (2.642%)",
+        "Precision: float32 on cpu",
+        "an image",
+        "Learning rate: ",
+    ):
+        assert line in log
     assert (run[0].trainable_parameters, run[0].total_parameters) == (133_120, 5_038_310)
 
 

@@ -33,15 +33,29 @@ def progress_on_stderr() -> Iterator[Show]:
 def run_on_stderr() -> Iterator[tuple[Show, ShowCount]]:
     """Yield a function that shows one state of a training run, and one for the images of the report at its end."""
     what = "images with the base, for the report"
+    print_settings = cache(_print_settings)  # once
     if sys.stderr.isatty():
         with _bars() as add:
             update, add_once = add(), cache(add)  # the second bar is not there before it is needed
-            yield (
-                lambda progress: update(describe(progress), fraction_done(progress)),
-                lambda done, total: add_once()(f"{done}/{total} {what}", done / total),
-            )
+
+            def show(progress: Progress) -> None:
+                print_settings(tuple(progress.settings.items()))
+                update(describe(progress), fraction_done(progress))
+
+            yield show, lambda done, total: add_once()(f"{done}/{total} {what}", done / total)
     else:
-        yield _Lines().show, _CountLines(what).show
+        lines = _Lines()
+
+        def show_line(progress: Progress) -> None:
+            print_settings(tuple(progress.settings.items()))
+            lines.show(progress)
+
+        yield show_line, _CountLines(what).show
+
+
+def _print_settings(settings: tuple[tuple[str, str], ...]) -> None:
+    for name, line in settings:
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from sam3_lora.base.loading import load_base
 from sam3_lora.errors import ConfigError, as_report
 from sam3_lora.memory import apply_levers, memory_settings
 from sam3_lora.training.image_settings import resolution_problems
+from sam3_lora.training.precision import chosen_amp
 from sam3_lora.training.starts import dataset_losses
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (the modules above stand in for triton)
@@ -32,6 +33,7 @@ def build_sam3_lora_model(
     init_data: str | None = None,
     memory: Mapping[str, Any] | None = None,
     amp: bool | Literal["auto"] = "auto",
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto",
     resolution: int | None = None,
 ) -> Sam3Image:
     """Return a base with LoRA injected, on the CPU, for the official trainer, which moves it.
@@ -51,7 +53,8 @@ def build_sam3_lora_model(
         init_data: Folder of the dataset that an adapter with ``init_lora_weights="eva"`` or ``"lora_ga"`` starts from.
         memory: The ``memory`` block of a config, what :class:`sam3_lora.memory.MemorySettings` holds; ``None`` trains as
             the official recipe does.
-        amp: Whether it is trained under bfloat16 autocast; ``"auto"`` where there is CUDA.
+        amp: Whether it is trained under autocast; ``"auto"`` where there is CUDA.
+        amp_dtype: Of the autocast; ``"auto"``: bfloat16 where the GPU has it.
         resolution: Side in pixels of the images that it will be given; a base takes one only.
 
     Raises:
@@ -75,7 +78,8 @@ def build_sam3_lora_model(
         steps = dataset_losses(init_data) if init_data else None
         adapted = get_peft_sam3(model, preset=preset, init_data=steps, **(overrides or {}))
     inner: Sam3Image = adapted.get_base_model()
-    apply_levers(inner, settings, amp)
+    autocast, dtype = chosen_amp(amp, amp_dtype)
+    apply_levers(inner, settings, autocast and dtype == "bfloat16")
     _keep_from_ddp(inner)
     return inner
 

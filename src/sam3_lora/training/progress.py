@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ BEST_METRICS_FILE = "best_metrics.json"  # in logs/
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. Epochs and steps count from 1; ``metrics`` are those of the last validation."""
+    """Where a run stands. Epochs and steps count from 1; ``metrics`` are those of the last validation, ``settings`` what is
+    in force in the whole run, a line for each thing."""
 
     epoch: int
     epochs: int
@@ -24,6 +25,7 @@ class Progress:
     steps: int
     loss: float | None
     metrics: Mapping[str, float]
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 OnProgress = Callable[[Progress], None]
@@ -97,5 +99,5 @@ class ProgressReader:
 
     def _show(self) -> None:
         if self._on_progress is not None and self.last_step:
-            epochs = self.start["epochs"]
-            self._on_progress(Progress(epochs=epochs, metrics=self._metrics, **self.last_step))
+            of_run = {"epochs": self.start["epochs"], "settings": self.start.get("settings", {})}
+            self._on_progress(Progress(metrics=self._metrics, **of_run, **self.last_step))

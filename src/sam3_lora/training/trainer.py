@@ -24,9 +24,11 @@ from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.augmentation import tell_epoch
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
+from sam3_lora.training.in_force import in_force
 from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
+from sam3_lora.training.precision import AUTO, chosen_amp
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
@@ -62,7 +64,8 @@ class LoraTrainer(InterruptibleTrainer):
       settings is refused.
     - It saves between steps, and stops there when a signal asks: :class:`InterruptibleTrainer`, whose keywords it takes.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works, and
-      ``amp.enabled: true`` is bfloat16 autocast there too.
+      ``amp.enabled: true`` is bfloat16 autocast there too. ``amp.amp_dtype: auto`` is float16 with loss scaling where the
+      GPU has no bfloat16.
     - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
     - ``logs/progress.jsonl`` for programs that watch the run.
     - ``logs/run.lock`` keeps a second process out of the run folder.
@@ -99,13 +102,13 @@ class LoraTrainer(InterruptibleTrainer):
         self._best_metric = best_metric
         self._adapter_freq = adapter_freq
         self._seed = seed_value
-        optim = _resolve_amp(optim)
-        self._settings = {
-            "seed": seed_value,
-            "optim": optim,
-            **{name: official.get(name) for name in _COMPARED_ON_RESUME},
-        }
         with _own_errors_reported(self._logs):
+            optim = _resolve_amp(optim)
+            self._settings = {
+                "seed": seed_value,
+                "optim": optim,
+                **{name: official.get(name) for name in _COMPARED_ON_RESUME},
+            }
             if lora is not None:
                 raise ConfigError(as_report(seed_block_problems(lora)))
             if best_metric is not None and best_metric not in METRICS:
@@ -199,7 +202,11 @@ class LoraTrainer(InterruptibleTrainer):
         on_cuda = self.device.type == "cuda" and self.mode != "val"
         self._memory_check: MemoryCheck | None = memory_check(self.model_conf) if on_cuda else None
         self._prompts, images = _prompts_and_images(self.data_conf)
-        self._about_run = {"images": images, "seed": self._seed, "best_metric": self._best_metric}
+        self._about_run: dict[str, Any] = {
+            "images": images,
+            "seed": self._seed,
+            "best_metric": self._best_metric,
+        }
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
@@ -211,18 +218,24 @@ class LoraTrainer(InterruptibleTrainer):
             n for n in self.model.state_dict() if n not in trainable
         ]
         self.checkpoint_conf.initialize_after_preemption = True
-        count = count_parameters(self.model)
-        modules = len(adapted_modules(self.model))
-        logging.info(
-            f"Adapted {modules} modules. Parameters: {count.total:,} in total, "
-            f"{count.trainable:,} trainable ({count.trainable / count.total:.3%})"
+
+    def _setup_dataloaders(self) -> None:
+        super()._setup_dataloaders()
+        settings = (
+            {}
+            if self.train_dataset is None
+            else in_force(self, self._about_run["images"], len(self._prompts))
         )
+        for name, line in settings.items():
+            logging.info(f"{name}: {line}")
+        count = count_parameters(self.model)
         self._report(
             "start",
             epochs=self.max_epochs,
-            adapted_modules=modules,
+            adapted_modules=len(adapted_modules(self.model)),
             trainable_parameters=count.trainable,
             total_parameters=count.total,
+            settings=settings,
         )
 
     def _run_step(
@@ -308,6 +321,5 @@ def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     optim = dict(optim)
     amp = dict(optim.get("amp") or {})
-    if amp.get("enabled") == "auto":
-        amp["enabled"] = torch.cuda.is_available()
-    return {**optim, "amp": amp}
+    enabled, dtype = chosen_amp(amp.get("enabled", False), amp.get("amp_dtype", AUTO))
+    return {**optim, "amp": {**amp, "enabled": enabled, "amp_dtype": dtype}}
