@@ -136,8 +136,8 @@ def test_ctrl_c_before_the_first_step_stops_at_once(dataset, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_two_processes_leave_at_the_same_step(number, dataset, tmp_path):
+def test_two_processes_leave_at_the_same_step(dataset, tmp_path):
+    number = signal.SIGUSR1
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = [
         "--max-epochs",
@@ -153,7 +153,7 @@ def test_two_processes_leave_at_the_same_step(number, dataset, tmp_path):
     process = start_command(dataset, run, *options)
     wait_for_step(run, process)
     process.send_signal(number)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number, said
     again = [sys.executable, "-m", "sam3_lora", "train", "--no-report", "--resume", run]
     assert subprocess.run(again, capture_output=True, check=False).returncode == 0
@@ -168,7 +168,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_its_data_loaders(datase
     wait_for_step(run, process)
     trainer = int((run / "logs" / LOCK_FILE).read_text())
     os.killpg(os.getpgid(trainer), signal.SIGUSR2)  # as Slurm does it
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGUSR2, said
     assert "stopped by SIGUSR2 after step" in said
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
@@ -85,6 +86,17 @@ def test_a_run_killed_after_an_epoch_ends_with_the_same_bytes(dataset, uninterru
     assert result.metrics == uninterrupted.metrics
 
 
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_from_there(dataset, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "checkpoint.pt"
+    first = ["--data", dataset, "--output", run, "--base", "tiny", "--max-epochs", EPOCHS, "--batch-size", 3]
+    start_and_kill([*first, "--save-every-steps", 1, "--set", "lora_dropout=0.1"], when=checkpoint.exists)
+    result = resume(run, {"training.save_every_steps": 2})  # how often it is saved may change
+    assert OmegaConf.load(run / "run.yaml").training.save_every_steps == 2
+    assert adapters(run) == adapters(uninterrupted.output)
+    assert result.metrics == uninterrupted.metrics
+
+
 def test_a_run_that_goes_on_without_its_command_is_not_started_twice(dataset, tmp_path):
     run = tmp_path / "run"
     settings = ["--data", dataset, "--output", run, "--base", "tiny", "--max-epochs", 50]
@@ -110,12 +122,14 @@ def test_a_run_that_goes_on_without_its_command_is_not_started_twice(dataset, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("save_every", [None, 1], ids=["after epochs", "every step"])
 @pytest.mark.parametrize("seed", range(5))
-def test_four_kills_at_random_moments_do_not_show(seed, dataset, uninterrupted, tmp_path):
+def test_four_kills_at_random_moments_do_not_show(seed, save_every, dataset, uninterrupted, tmp_path):
     run = tmp_path / "run"
     rng = random.Random(seed)
     first = ["--data", dataset, "--output", run, "--base", "tiny", "--max-epochs", EPOCHS, "--batch-size", 3]
     arguments = [*first, "--set", "lora_dropout=0.1"]
+    arguments += [] if save_every is None else ["--save-every-steps", save_every]
     for _ in range(4):
         deadline = time.monotonic() + rng.uniform(2, 25)
         start_and_kill(arguments, when=lambda end=deadline: time.monotonic() > end)

@@ -23,8 +23,9 @@ def train(
 
     Leaves in ``settings.output``: ``run.yaml`` (what was started), the official ``config.yaml`` and
     ``config_resolved.yaml``, ``checkpoints/``, ``adapters/{epoch_N,last,best}/``, ``logs/``, ``tensorboard/``,
-    ``dumps/`` and, unless ``settings.report`` is off, ``report.html``. An interrupt stops the script too. A report that
-    cannot be written is a warning, because the adapter is there.
+    ``dumps/`` and, unless ``settings.report`` is off, ``report.html``. An interrupt, or another stop signal, saves after the
+    step that is going on and stops the script; a second interrupt stops it at once. A report that cannot be written is
+    a warning, because the adapter is there.
 
     Args:
         settings: What to train.
@@ -34,7 +35,7 @@ def train(
 
     Raises:
         Sam3LoraError: For a bad dataset, setting, base or output folder, before anything is written; or with the
-            script's own error when it fails.
+            script's own error when it fails; :class:`sam3_lora.errors.RunStopped` after a stop signal.
     """
     result = launch.train(settings, on_progress)
     return _with_report(result, on_report) if settings.report else result
@@ -49,12 +50,13 @@ def resume(
 ) -> TrainResult:
     """Go on with a run of :func:`train` that was stopped, however that happened, wait for its end, and report on it.
 
-    The run starts again after its last whole epoch and ends with the same bytes as if it had not been stopped. One
-    that is finished is only validated again.
+    The run goes on from where it was last saved, and ends with the same bytes as if it had not been stopped. One that
+    is finished is only validated again.
 
     Args:
         output: The run folder.
-        expected: Config keys by dotted name that the run must have been started with.
+        expected: Config keys by dotted name that the run must have been started with;
+            ``training.save_every_steps`` among them is changed instead.
         on_progress: As for :func:`train`.
         report: Whether to write ``report.html``.
         on_report: As for :func:`train`.
@@ -64,6 +66,7 @@ def resume(
         ConfigError: If the run was started with other values than ``expected``; lists all of them.
         TrainingError: If the official script fails, also if data or settings are not what the checkpoint was made
             with; lists what differs.
+        RunStopped: After a stop signal.
     """
     result = launch.resume(output, expected, on_progress)
     return _with_report(result, on_report) if report else result
