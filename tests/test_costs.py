@@ -28,7 +28,7 @@ def assert_as_estimated(step, tolerance, **size):
 
 def test_a_step_of_minimal_costs_what_its_estimate_says(minimal):
     step = minimal.count(prompts=1, objects=5, batch=1)
-    assert_as_estimated(step, 0.01, preset="minimal", prompts=1, objects=5, batch=1)
+    assert_as_estimated(step, 0.02, preset="minimal", prompts=1, objects=5, batch=1)
     assert minimal.trainable_parameters() == estimate("minimal").trainable_parameters
     # The trunk is frozen and keeps nothing, its backward does not run, and every byte has a part.
     assert step.parts["vision_encoder"].forward_bytes == 0
@@ -40,7 +40,7 @@ def test_a_step_of_minimal_costs_what_its_estimate_says(minimal):
 
 def test_a_step_of_minimal_with_more_prompts_costs_what_its_estimate_says(minimal):
     step = minimal.count(prompts=4, objects=20, batch=1)
-    assert_as_estimated(step, 0.01, preset="minimal", prompts=4, objects=20, batch=1)
+    assert_as_estimated(step, 0.02, preset="minimal", prompts=4, objects=20, batch=1)
 
 
 @pytest.mark.counts
