@@ -124,12 +124,6 @@ class RandomZoom:
         return datapoint
 
 
-def tell_epoch(dataset: Any, epoch: int) -> None:
-    """Tell an official dataset the epoch, which it hands to its transforms; sam3 0.1.4 leaves it at 0."""
-    if hasattr(dataset, "set_curr_epoch"):
-        dataset.set_curr_epoch(epoch)
-
-
 def _augmentations(names: Sequence[str], resize: str, resolution: int) -> list[Any]:
     # The official resizing shrinks by itself.
     zoom = _ZOOM if resize == "squash" else (1.0, _ZOOM[1])

@@ -52,6 +52,8 @@ class SeededItems(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Take the epoch, and hand it to the dataset as the official loader would."""
         self._epoch = epoch
+        if hasattr(self._dataset, "set_curr_epoch"):
+            self._dataset.set_curr_epoch(epoch)  # for its transforms; sam3 0.1.4 leaves it at 0
         if hasattr(self._dataset, "epoch"):
             self._dataset.epoch = epoch
         if hasattr(self._dataset, "set_epoch"):

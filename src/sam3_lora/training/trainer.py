@@ -22,7 +22,6 @@ from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.renamed import seed_block_problems
-from sam3_lora.training.augmentation import tell_epoch
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
 from sam3_lora.training.interruption import InterruptibleTrainer
@@ -136,7 +135,6 @@ class LoraTrainer(InterruptibleTrainer):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        tell_epoch(train_loader.dataset, int(self.epoch))
         result: dict[str, Any] = super().train_epoch(train_loader)
         return result
 
