@@ -311,6 +311,7 @@ def losses(dataset, output, **config):
     return by_epoch[1], by_epoch[2]
 
 
+@pytest.mark.slow
 def test_in_a_run_every_epoch_has_its_own_augmentation_and_the_same_seed_gives_it_again(dataset, tmp_path):
     plain = losses(dataset, tmp_path / "plain")
     assert plain[0] == pytest.approx(plain[1], rel=1e-4)

@@ -19,6 +19,7 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_the_ratios_of_a_block_are_printed_and_written(benchmark, tmp_path, capsys):
     benchmark("ratios").main(["--parts", "vit-block", "--pairs", "1", "--output", str(tmp_path / "a.json")])
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
@@ -57,6 +58,7 @@ def on_a_cpu(tmp_path_factory):
     return json.loads(file.read_text()), run.stdout
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_too(on_a_cpu):
     result, printed = on_a_cpu
     assert {"device", "device_bytes", "versions", "size", "cases", "drift"} == result.keys()
@@ -69,6 +71,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_too(on_a_cpu):
         assert f"| minimal | {case['levers']} | 1 | 5 | 1 |" in printed
 
 
+@pytest.mark.slow
 def test_bfloat16_moves_the_outputs_a_little_and_no_frozen_weight(on_a_cpu):
     drift = on_a_cpu[0]["drift"]
     autocast, with_frozen_weights = drift["outputs"].values()
