@@ -17,7 +17,7 @@ from interrupted_runs import outcome
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, RunStopped
 from sam3_lora.training.interruption import InterruptibleTrainer
-from sam3_lora.training.launch import TrainSettings
+from sam3_lora.training.launch import TrainSettings, run_yaml
 from sam3_lora.training.lock import LOCK_FILE
 from sam3_lora.training.progress import PROGRESS_FILE, ProgressReader, append_event, read_events
 from sam3_lora.training.relay import SignalRelay, stopped_run
@@ -173,6 +173,24 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_its_data_loaders(datase
     assert "stopped by SIGUSR2 after step" in said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_submitit_queues_again_goes_on_in_the_middle_of_the_epoch(dataset, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert start_command(dataset, whole, "--max-epochs", 2, "--set", "lora_dropout=0.1").wait() == 0
+    settings = TrainSettings(
+        data=dataset, output=run, base="tiny", max_epochs=2, batch_size=2, overrides={"lora_dropout": 0.1}
+    )
+    run.mkdir()
+    (run / "run.yaml").write_text(run_yaml(settings))
+    script = Path(__file__).with_name("submitit_run.py")
+    result = subprocess.run([sys.executable, script, run, "5"], capture_output=True, text=True, check=False)
+    assert "this job is preempted" in result.stdout
+    events = [event["event"] for event, _ in read_events(run / "logs" / PROGRESS_FILE)]
+    assert events.count("start") == 2
+    assert outcome(run) == outcome(whole)
+
+
 def test_a_second_interrupt_is_a_keyboard_interrupt():
     requests = StopRequests()
     requests.note(signal.SIGTERM)
@@ -273,18 +291,20 @@ def test_the_command_passes_a_signal_on_to_the_trainer(tmp_path, progress, capsy
 
 
 @pytest.mark.parametrize(
-    ("step", "text"),
+    ("step", "saved", "text"),
     [
-        (2, "stopped by SIGTERM after step 2 of 4 of epoch 1; all of it is saved"),
-        (None, "stopped by SIGTERM in the validation after epoch 1; all of it is saved"),
+        (2, True, "stopped by SIGTERM after step 2 of 4 of epoch 1; all of it is saved"),
+        (None, True, "stopped by SIGTERM in the validation after epoch 1; all of it is saved"),
+        (2, False, "after step 2 of 4 of epoch 1; nothing is saved, as trainer.skip_saving_ckpts says"),
     ],
 )
-def test_a_stop_is_told_with_its_place_and_exit_code(tmp_path, progress, step, text):
-    append_event(tmp_path, "stopped", signal="SIGTERM", epoch=1, step=step)
+def test_a_stop_is_told_with_its_place_and_exit_code(tmp_path, progress, step, saved, text):
+    append_event(tmp_path, "stopped", signal="SIGTERM", epoch=1, step=step, saved=saved)
     progress.read()
     stop = stopped_run(progress)
     assert isinstance(stop, RunStopped)
-    assert (str(stop), stop.exit_code) == (text, 143)
+    assert text in str(stop)
+    assert stop.exit_code == 143
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "ten"])

@@ -56,7 +56,7 @@ class InterruptibleTrainer(Trainer):
             or save_every_steps < 1
         ):
             raise ConfigError(
-                f"training.save_every_steps must be 1 or more, or null for the ends of epochs only, got {save_every_steps!r}"
+                f"training.save_every_steps must be 1 or more, or null for the ends of epochs, got {save_every_steps!r}"
             )
         self._save_every_steps = save_every_steps
         self._requests = StopRequests()
@@ -78,7 +78,6 @@ class InterruptibleTrainer(Trainer):
         if resumed and self._order is not None:
             self._order.skip = first * train_loader.batch_size
         self._restored = resumed["processes"][self.distributed_rank] if resumed else None
-
         discard = 0 if self._order is not None else first
         steps = _Steps(train_loader, self._after_train_step, first, discard, self._restored)
         with _numbered_from(steps):
@@ -165,8 +164,11 @@ class InterruptibleTrainer(Trainer):
                 handler(number, None)
             else:
                 name = signal.Signals(number).name
-                logging.info(f"Stopping for {name}; started again, the run goes on from here")
-                self._report("stopped", signal=name, epoch=int(self.epoch) + 1, step=done)
+                saved = not self.skip_saving_ckpts
+                logging.info(
+                    f"Stopping for {name}{'; started again, the run goes on from here' if saved else ''}"
+                )
+                self._report("stopped", signal=name, epoch=int(self.epoch) + 1, step=done, saved=saved)
                 raise SystemExit(128 + number)
 
     def _item_seed(self) -> int:

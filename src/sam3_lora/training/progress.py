@@ -65,8 +65,8 @@ class ProgressReader:
         start: What the run said of itself: ``epochs``, ``trainable_parameters``, ``total_parameters``.
         error: Text of the library's own error that ended the run, or ``""``.
         last_step: ``epoch``, ``step``, ``steps`` and ``loss`` of the last step since the start; empty before it.
-        stopped: ``signal``, ``epoch`` and ``step`` of a stop that was asked for; ``None`` if there was none. ``step``
-            is ``None`` if it was in a validation.
+        stopped: ``signal``, ``epoch``, ``step`` and ``saved`` of a stop that was asked for; ``None`` if there was none.
+            ``step`` is ``None`` if it was in a validation.
     """
 
     def __init__(self, logs: Path, on_progress: OnProgress | None) -> None:

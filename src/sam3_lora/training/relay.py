@@ -46,4 +46,5 @@ def stopped_run(progress: ProgressReader) -> RunStopped:
     else:
         where = f"after step {stop['step']} of {progress.last_step['steps']} of epoch {stop['epoch']}"
     number = signal.Signals[stop["signal"]]
-    return RunStopped(f"stopped by {number.name} {where}; all of it is saved", 128 + number)
+    saved = "all of it is saved" if stop["saved"] else "nothing is saved, as trainer.skip_saving_ckpts says"
+    return RunStopped(f"stopped by {number.name} {where}; {saved}", 128 + number)
