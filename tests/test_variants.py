@@ -2,17 +2,21 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from tiny_forward import forward, forward_with_gradients
 
 from sam3_lora.adapter import get_peft_sam3, load_adapter, save_adapter
+from sam3_lora.adapter.methods import REFUSED
 from sam3_lora.attention import split_attention
 from sam3_lora.base.loading import load_base
+from sam3_lora.components import COMPONENTS
 
 torch.set_num_threads(1)
 
@@ -126,9 +130,31 @@ def test_an_adapter_that_is_trained_further_keeps_its_conversion(tmp_path):
     assert record["parameters"] == 2 * 52_224
 
 
+def documented(page, method):
+    """Return the cells of a row of the page as :func:`methods_table.try_out` gives them, with the note for its number."""
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", page, flags=re.MULTILINE))
+    (row,) = re.findall(rf"^\| {re.escape(method)} \| (.*) \|$", page, flags=re.MULTILINE)
+    return [re.sub(r" \((\d+)\)$", lambda found: f": {notes[found[1]]}", cell) for cell in row.split(" | ")]
+
+
+ROWS = ["LoRA", "DoRA", "PiSSA", "EVA", "LoRA-GA", "LoHa", "LoKr", "OFT", "IA3", "VeRA", "BOFT", "GraLoRA"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_table_in_the_docs_is_what_trying_gives(monkeypatch):
+@pytest.mark.parametrize("method", ROWS)
+def test_a_row_of_the_table_in_the_docs_is_what_trying_gives(method, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     table = importlib.import_module("methods_table")
-    assert table.PAGE.read_text(encoding="utf-8") == table.page()
+    page = table.PAGE.read_text(encoding="utf-8")
+    tried = [table.try_out(component, (table.LORA | table.OTHERS)[method]) for component in COMPONENTS]
+    assert documented(page, method) == tried
+
+
+def test_the_table_in_the_docs_has_a_row_for_each_method_of_peft(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    table = importlib.import_module("methods_table")
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert all(len(documented(page, method)) == len(COMPONENTS) for method in table.LORA | table.OTHERS)
+    tried = {config.peft_type.value for config in table.OTHERS.values()}
+    assert tried | REFUSED.keys() | {"LORA"} == {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
