@@ -19,8 +19,8 @@ from sam3.train.utils.train_utils import register_omegaconf_resolvers
 
 from sam3_lora.output import write_text_atomic
 from sam3_lora.training.interruption import MIDDLE
-from sam3_lora.training.launch import TrainSettings, run_yaml
 from sam3_lora.training.progress import PROGRESS_FILE, read_events
+from sam3_lora.training.settings import TrainSettings, run_yaml
 
 FLIP = {"_target_": "sam3.train.transforms.basic_for_api.RandomHorizontalFlip", "consistent_transform": True}
 

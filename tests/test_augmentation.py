@@ -17,7 +17,8 @@ from sam3_lora.evaluation.batches import RandomResizeAPI, make_datapoint
 from sam3_lora.training.augmentation import RandomZoom, TrainImages
 from sam3_lora.training.builder import build_sam3_lora_model
 from sam3_lora.training.image_settings import AUGMENTATIONS, chosen_augmentations
-from sam3_lora.training.launch import TrainingError, TrainSettings, check_settings, run_official_script, train
+from sam3_lora.training.launch import TrainingError, run_official_script, train
+from sam3_lora.training.settings import TrainSettings, check_settings
 
 from sam3.train.data.sam3_image_dataset import Object  # isort: skip  (the modules above stand in for triton)
 

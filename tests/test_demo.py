@@ -12,8 +12,9 @@ from PIL import Image
 from sam3_lora.data.shapes import Concept, write_coco
 from sam3_lora.errors import OutputError
 from sam3_lora.output import MARKER_FILE, claim_output
-from sam3_lora.training.launch import TrainSettings, train
+from sam3_lora.training.launch import train
 from sam3_lora.training.lock import LOCK_FILE, take_lock
+from sam3_lora.training.settings import TrainSettings
 from sam3_lora.training.trainer import METRICS
 
 

@@ -14,7 +14,8 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.report import ReportError, read_history, report_of_run
 from sam3_lora.training import launch
-from sam3_lora.training.launch import TrainResult, TrainSettings
+from sam3_lora.training.launch import TrainResult
+from sam3_lora.training.settings import TrainSettings
 
 RESULT = TrainResult(Path("run"), Path("run/adapters/best"), "tiny", {}, 1, 2)
 SETTINGS = TrainSettings(data=Path("data"), output=Path("run"), base="tiny")

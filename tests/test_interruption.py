@@ -17,11 +17,11 @@ from interrupted_runs import outcome
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, RunStopped
 from sam3_lora.training.interruption import InterruptibleTrainer
-from sam3_lora.training.launch import TrainSettings, run_yaml
 from sam3_lora.training.lock import LOCK_FILE
 from sam3_lora.training.progress import PROGRESS_FILE, ProgressReader, append_event, read_events
 from sam3_lora.training.relay import SignalRelay, stopped_run
 from sam3_lora.training.resumable_data import SeededItems, StartingSampler, random_state, set_random_state
+from sam3_lora.training.settings import TrainSettings, run_yaml
 from sam3_lora.training.signals import StopRequests, stop_signals_held, stop_signals_to
 
 IMAGES = 8

@@ -15,9 +15,10 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, OutputError, Sam3LoraError
 from sam3_lora.training.fingerprint import differences, fingerprint_of_run
-from sam3_lora.training.launch import TrainSettings, resume, train
+from sam3_lora.training.launch import resume, train
 from sam3_lora.training.lock import LOCK_FILE, check_not_running
 from sam3_lora.training.progress import PROGRESS_FILE
+from sam3_lora.training.settings import TrainSettings
 
 EPOCHS = 3
 

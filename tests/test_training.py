@@ -23,8 +23,9 @@ from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, DataError, OutputError, Sam3LoraError
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.presets import PRESETS
-from sam3_lora.training.launch import TrainSettings, run_yaml, train
+from sam3_lora.training.launch import train
 from sam3_lora.training.progress import PROGRESS_FILE
+from sam3_lora.training.settings import TrainSettings, run_yaml
 from sam3_lora.training.trainer import METRICS, LoraTrainer
 
 CONFIGS = (*PRESETS, "demo")

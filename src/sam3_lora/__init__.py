@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sam3_lora.suggestion import suggest as suggest
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.launch import TrainResult as TrainResult
-    from sam3_lora.training.launch import TrainSettings as TrainSettings
+    from sam3_lora.training.settings import TrainSettings as TrainSettings
     from sam3_lora.training.starts import dataset_losses as dataset_losses
     from sam3_lora.verification import Verification as Verification
     from sam3_lora.verification import verify_adapter as verify_adapter
@@ -74,7 +74,7 @@ _MODULES = {
     "Sam3LoraError": "errors",
     "Suggestion": "suggestion",
     "TrainResult": "training.launch",
-    "TrainSettings": "training.launch",
+    "TrainSettings": "training.settings",
     "Verification": "verification",
     "active_adapters": "adapter",
     "adapted_modules": "adapter",

@@ -15,9 +15,10 @@ from sam3_lora.evaluation.scores import AP_METRICS, ModelEvaluation
 from sam3_lora.output import claim_output, write_json_atomic, write_text_atomic
 from sam3_lora.report import Measured, report_of_run
 from sam3_lora.training.data import render_demo_dataset
-from sam3_lora.training.launch import RUN_FILE, demo_yaml, run_official_script
+from sam3_lora.training.launch import RUN_FILE, run_official_script
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import OnProgress
+from sam3_lora.training.settings import demo_yaml
 from sam3_lora.visualization import comparison_sheet, rows_from_results
 
 METRICS_FILE = "metrics.json"

@@ -10,8 +10,9 @@ from typing import Any
 
 from sam3_lora.errors import Sam3LoraError
 from sam3_lora.training import launch
-from sam3_lora.training.launch import TrainResult, TrainSettings
+from sam3_lora.training.launch import TrainResult
 from sam3_lora.training.progress import OnProgress
+from sam3_lora.training.settings import TrainSettings
 
 OnReport = Callable[[int, int], None]
 

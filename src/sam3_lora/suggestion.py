@@ -14,7 +14,7 @@ from sam3_lora.estimation.estimate import Estimate, estimate
 from sam3_lora.estimation.levers import SAMPLED_POINTS
 from sam3_lora.output import write_text_atomic
 from sam3_lora.presets import TRAINABLE_PARAMETERS
-from sam3_lora.training.launch import TrainSettings, run_yaml
+from sam3_lora.training.settings import TrainSettings, run_yaml
 
 #: From so many training images on a preset has enough to learn from. Rules of thumb: not measured on the full model.
 FEWEST_IMAGES: Mapping[str, int] = {"full": 1_000, "balanced": 50, "minimal": 1}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sam3_lora.cli import arguments
 
 if TYPE_CHECKING:
-    from sam3_lora.training.launch import TrainResult, TrainSettings
+    from sam3_lora.training.launch import TrainResult
+    from sam3_lora.training.settings import TrainSettings
 
 HELP: dict[str, Any] = {
     "help": "train an adapter on your images",
@@ -87,7 +88,7 @@ def add_options(parser: arguments.Parser) -> None:
 def _train(args: argparse.Namespace) -> None:
     from sam3_lora.cli.progress import run_on_stderr
     from sam3_lora.finetune import resume, train
-    from sam3_lora.training.launch import TrainSettings
+    from sam3_lora.training.settings import TrainSettings
 
     if args.resume is not None:
         _refuse_beside_resume(args)
