@@ -17,6 +17,7 @@ from sam3_lora.cli.progress import describe, fraction_done
 from sam3_lora.components import COMPONENT_MAP_VERSION, COMPONENTS
 from sam3_lora.errors import DataError
 from sam3_lora.presets import PRESETS
+from sam3_lora.training.progress import Progress
 
 VERBS = ["train", "predict", "evaluate", "demo", "presets", "components", "plan", "estimate", "doctor"]
 TRAIN = ["train", "--data", "my data", "--output", "runs/a"]
@@ -133,8 +134,10 @@ def launch(monkeypatch):
     return stand_in
 
 
-def progress(epoch, step, metrics=None, loss=1.0):
-    return SimpleNamespace(epoch=epoch, epochs=2, step=step, steps=4, loss=loss, metrics=metrics or {})
+def progress(epoch, step, metrics=None, loss=1.0, settings=None):
+    return Progress(
+        epoch=epoch, epochs=2, step=step, steps=4, loss=loss, metrics=metrics or {}, settings=settings or {}
+    )
 
 
 def test_train_passes_every_option_on(launch):
@@ -228,6 +231,17 @@ def test_progress_outside_a_terminal_is_a_line_per_validation(launch, capsys):
     assert first.startswith("epoch 1/2  step 1/4  loss 1  ")
     assert second.startswith("epoch 1/2  step 4/4  loss 0.1235  bbox AP50 0.500  segm AP50 0.250  ")
     assert second.endswith(" min left")
+
+
+def test_what_is_in_force_is_said_once_before_the_first_step(launch, capsys):
+    settings = {"Precision": "float32 on cpu", "Batch": "4 images an optimizer step"}
+    launch(
+        progress=[progress(1, 1, settings=settings), progress(1, 2, {"bbox_AP50": 1.0}, settings=settings)]
+    )
+    main(TRAIN)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["Precision: float32 on cpu", "Batch: 4 images an optimizer step"]
+    assert len(lines) == 4
 
 
 def test_the_report_at_the_end_shows_progress_too(launch, capsys):
