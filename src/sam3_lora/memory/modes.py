@@ -9,8 +9,6 @@ from torch import nn
 
 from sam3_lora.attention import SplitAttention
 
-from timm.layers.drop import DropPath  # isort: skip  (where sam3 takes it from)
-
 # Their input is the batch. No gradient passes through them, so that the whole module can be in eval mode.
 _SOURCES = ("backbone.vision_backbone.trunk", "backbone.language_backbone")
 # A gradient may pass through these, which need the checkpoints of training mode; the DETR does other things in it too.
@@ -21,7 +19,7 @@ _PASSED_THROUGH = (
     "segmentation_head",
     "dot_prod_scoring",
 )
-_NOISE = (nn.Dropout, DropPath, SplitAttention)
+_NOISE = (nn.modules.dropout._DropoutNd, SplitAttention, nn.MultiheadAttention)
 
 
 def keep_frozen_in_eval(model: nn.Module) -> list[str]:
@@ -41,8 +39,13 @@ def keep_frozen_in_eval(model: nn.Module) -> list[str]:
     return frozen
 
 
+def makes_noise(module: nn.Module) -> bool:
+    """Return whether a module draws random numbers in training mode: dropout, DropPath, attention with dropout."""
+    return isinstance(module, _NOISE) or type(module).__name__ == "DropPath"
+
+
 def _noise_of(part: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in part.modules() if isinstance(module, _NOISE))
+    return (module for module in part.modules() if makes_noise(module))
 
 
 def _hold(module: nn.Module) -> None:

@@ -7,11 +7,9 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
-from sam3_lora.attention import SplitAttention
-
-_RANDOM_IN_TRAINING = (nn.modules.dropout._DropoutNd, SplitAttention, nn.MultiheadAttention)
+from sam3_lora.memory.modes import makes_noise
 
 
 def configured_losses(num_queries: int) -> Any:
@@ -52,7 +50,7 @@ def noise_free_loss(model: Any, batch: Any) -> Tensor:
     matcher, modes = model.matcher, [(module, module.training) for module in model.modules()]
     model.train()
     for module in model.modules():
-        if isinstance(module, _RANDOM_IN_TRAINING) or type(module).__name__ == "DropPath":
+        if makes_noise(module):
             module.training = False
     try:
         model.matcher = losses.matcher  # a model that was built for inference has none
