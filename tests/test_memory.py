@@ -204,7 +204,8 @@ def image_features(model):
 
 def test_frozen_parts_have_no_noise_in_training_mode(noisy):
     official, held = noisy(), noisy(eval_frozen=True)
-    assert not torch.equal(image_features(official), image_features(official))
+    first = image_features(official)  # DropPath leaves out a block now and then only
+    assert not all(torch.equal(image_features(official), first) for _ in range(30))
     features = image_features(held)
     assert torch.equal(features, image_features(held))
     assert torch.equal(features, image_features(held.eval()))
