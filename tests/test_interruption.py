@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(dataset, tmp_path):
     assert f"Go on with: sam3-lora train --resume {run}\n" in said
     assert (run / "checkpoints" / "checkpoint.pt").is_file()
     assert (run / "adapters" / "last" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_with_one_step_an_epoch_stops_too(dataset, tmp_path):
+    run = tmp_path / "run"
+    process = start_command(dataset, run, "--max-epochs", 500, "--batch-size", IMAGES)
+    wait_for_step(run, process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert re.search(r"stopped by SIGTERM after epoch \d+; all of it is saved\n", said)
 
 
 def test_a_second_ctrl_c_stops_at_once(dataset, tmp_path):
@@ -294,7 +305,7 @@ def test_the_command_passes_a_signal_on_to_the_trainer(tmp_path, progress, capsy
     ("step", "saved", "text"),
     [
         (2, True, "stopped by SIGTERM after step 2 of 4 of epoch 1; all of it is saved"),
-        (None, True, "stopped by SIGTERM in the validation after epoch 1; all of it is saved"),
+        (None, True, "stopped by SIGTERM after epoch 1; all of it is saved"),
         (2, False, "after step 2 of 4 of epoch 1; nothing is saved, as trainer.skip_saving_ckpts says"),
     ],
 )

@@ -84,6 +84,11 @@ class InterruptibleTrainer(Trainer):
             result: dict[str, Any] = super().train_epoch(steps)
         return result
 
+    def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
+        super().save_checkpoint(epoch, checkpoint_names)
+        if checkpoint_names is None:  # the end of an epoch, whose last step, or only one, no other follows
+            self._obey(self._agreed_signals())
+
     def val_epoch(self, val_loader: Any, phase: str) -> dict[str, Any]:
         # What was trained is saved before a validation, which is made again when the run goes on.
         steps = _Steps(val_loader, lambda done: self._obey(self._agreed_signals()))

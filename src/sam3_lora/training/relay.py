@@ -42,7 +42,7 @@ def stopped_run(progress: ProgressReader) -> RunStopped:
     """Return the error that tells where a run stopped."""
     stop = progress.stopped or {}
     if stop["step"] is None:
-        where = f"in the validation after epoch {stop['epoch']}"
+        where = f"after epoch {stop['epoch']}"
     else:
         where = f"after step {stop['step']} of {progress.last_step['steps']} of epoch {stop['epoch']}"
     number = signal.Signals[stop["signal"]]
