@@ -18,7 +18,7 @@ from sam3_lora.errors import ConfigError, DataError
 from sam3_lora.estimation.coefficients import counted_formulas
 from sam3_lora.estimation.levers import counted_presets, formula_of, shipped_levers
 from sam3_lora.evaluation.batches import probe_batch
-from sam3_lora.presets import TRAINABLE_PARAMETERS
+from sam3_lora.presets import PRESETS, TRAINABLE_PARAMETERS
 from sam3_lora.training.memory_check import STEPS, memory_check
 
 
@@ -82,6 +82,20 @@ def test_advice_begins_with_the_largest_gain_and_is_what_the_change_brings():
     assert any(a.change.startswith("preset minimal: ") for a in found.advice)
 
 
+def test_a_preset_that_was_not_counted_is_refused_with_those_that_were(monkeypatch):
+    counted = counted_formulas()
+    fewer = {name: by_setting for name, by_setting in counted["formulas"].items() if name != "vision"}
+    monkeypatch.setattr(
+        "sam3_lora.estimation.levers.counted_formulas", lambda: {**counted, "formulas": fewer}
+    )
+    with pytest.raises(ConfigError, match="preset 'vision' was not counted; counted are minimal, balanced"):
+        estimate("vision")
+
+
+def test_every_preset_was_counted():
+    assert counted_formulas()["formulas"].keys() == PRESETS.keys()
+
+
 def test_levers_that_are_off_are_the_advice(monkeypatch):
     official = counted_formulas()["levers"]["official"]
     found = estimate("balanced", prompts=4, memory=official)
@@ -121,7 +135,6 @@ def test_a_gpu_must_hold_the_worst_image_and_what_cuda_takes(dataset):
         pytest.param({"gpu_memory": -1}, "gpu_memory is in GB", id="negative memory"),
         pytest.param({"memory": {"bf16": True}}, "unknown key of memory 'bf16'", id="unknown lever"),
         pytest.param({"memory": {"mask_loss_chunk": 7}}, "were not counted together", id="other lever"),
-        pytest.param({"preset": "vision"}, "preset 'vision' was not counted", id="preset not counted"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(options, message):

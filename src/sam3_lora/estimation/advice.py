@@ -8,7 +8,6 @@ from typing import Any
 
 from sam3_lora.estimation.levers import (
     SAMPLED_POINTS,
-    counted_presets,
     formula_of,
     same_levers,
     same_value,
@@ -17,7 +16,7 @@ from sam3_lora.estimation.levers import (
 from sam3_lora.presets import get_preset
 
 _WORTH_SAYING = 0.01  # of the peak
-_CHEAPER_PRESETS = 2  # to name
+_SMALLER = ("balanced", "light", "minimal")  # that learn less of the same; the others learn something else
 
 #: Preset, levers, and prompts, objects, images.
 Step = tuple[str, Mapping[str, Any], tuple[int, int, int]]
@@ -35,9 +34,8 @@ class Advice:
 def advice_for(step: Step) -> tuple[Advice, ...]:
     """Return the changes that are worth it, the largest gain first."""
     now_bytes, now_flops = _cost(step)
-    presets = sorted(_cheaper_presets(*step), key=lambda change: _cost(change[1]))[:_CHEAPER_PRESETS]
     advice = []
-    for text, other in [*_other_levers(*step), *_smaller_batches(*step), *presets]:
+    for text, other in [*_other_levers(*step), *_smaller_batches(*step), *_smaller_presets(*step)]:
         other_bytes, other_flops = _cost(other)
         advice.append(Advice(text, now_bytes - other_bytes, now_flops - other_flops))
     worth = [change for change in advice if change.saves_bytes > _WORTH_SAYING * now_bytes]
@@ -79,9 +77,9 @@ def _smaller_batches(
         yield text, (preset, levers, (prompts, objects // 2, batch))
 
 
-def _cheaper_presets(
+def _smaller_presets(
     preset: str, levers: Mapping[str, Any], size: tuple[int, int, int]
 ) -> Iterable[tuple[str, Step]]:
-    for other in counted_presets():
+    for other in _SMALLER:
         if other != preset and formula_of(other, levers):
             yield f"preset {other}: {get_preset(other).reason}", (other, levers, size)
