@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import nn
 
 from sam3_lora.costs.step import FullSizeStep, Prepare
 from sam3_lora.memory import MemorySettings
-from sam3_lora.output import write_json_atomic
+from sam3_lora.output import write_text_atomic
 from sam3_lora.presets import PRESETS
 
 COUNTS = Path(__file__).with_name("counts.json")
@@ -93,7 +93,7 @@ def main() -> None:
             # Read again: another process may count other presets meanwhile.
             others = [c for c in read_counts()["counts"] if key_of(c) != key_of(entry)]
             found = {"made_with": versions, "counts": [*others, {**entry, **count}]}
-            write_json_atomic(COUNTS, found)
+            write_text_atomic(COUNTS, as_lines(found))
             print(
                 f"  {prompts} prompts, {objects} objects, {batch} images: {count['peak_bytes'] / 1e9:.3f} GB, "
                 f"{count['flops'] / 1e12:.2f} TFLOP, {time.perf_counter() - start:.0f} s",
@@ -101,6 +101,12 @@ def main() -> None:
                 flush=True,
             )
     write_results(found, SETTINGS)
+
+
+def as_lines(found: Mapping[str, Any]) -> str:
+    """Return the JSON of all counts, a line each."""
+    counts = ",\n".join(json.dumps(count) for count in found["counts"])
+    return f'{{"made_with": {json.dumps(found["made_with"])}, "counts": [\n{counts}\n]}}\n'
 
 
 def read_counts() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Adapters that start from data: EVA and LoRA-GA, with the losses of a small dataset."""
 
+import peft
 import pytest
 import torch
 from tiny_forward import forward
@@ -140,6 +141,11 @@ def test_what_cannot_start_is_refused_before_the_model_is_touched(settings, prob
     with pytest.raises(ConfigError, match=problem):
         get_peft_sam3(model, **settings)
     assert adapted_modules(model) == []
+
+
+def test_another_method_does_not_start_from_data():
+    with pytest.raises(ConfigError, match="init_data is for LoRA"):
+        get_peft_sam3(untouched(), peft.LoHaConfig(), init_data=[lambda model: None])
 
 
 def test_a_start_that_fails_leaves_the_model_without_an_adapter():

@@ -101,6 +101,8 @@ def get_peft_sam3(
         overrides = {**lora_settings(preset), **overrides}
         adapted = _add_lora(model, get_preset("balanced"), adapter_name, overrides, init_data)
     elif isinstance(preset, PeftConfig):
+        if init_data:
+            raise ConfigError("init_data is for LoRA with init_lora_weights='eva' or 'lora_ga'")
         adapted = _add_other_method(model, preset, adapter_name, overrides)
     else:
         preset = get_preset(preset) if isinstance(preset, str) else preset
