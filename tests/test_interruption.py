@@ -219,7 +219,7 @@ def test_signals_wait_while_they_are_held_and_handlers_come_back():
     before = signal.getsignal(signal.SIGUSR1)
     with stop_signals_to(came.append):
         with stop_signals_held():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
             assert came == []
         assert came == [signal.SIGUSR1]
     assert signal.getsignal(signal.SIGUSR1) == before
