@@ -22,6 +22,13 @@ def tiny_base():
     return load_base("tiny", device="cpu")
 
 
+def test_building_the_interactive_model_leaves_no_autocast_behind():
+    build_meta_sam3(enable_inst_interactivity=True)
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    assert depth == 1
+
+
 def test_the_tiny_base_is_an_official_class_of_about_five_million_parameters(tiny_base):
     assert type(tiny_base) is Sam3Image
     assert sum(p.numel() for p in tiny_base.parameters()) == 4_905_190

@@ -72,7 +72,7 @@ def build_meta_sam3(enable_segmentation: bool = True, enable_inst_interactivity:
     It can be counted and adapted, not run: some tables of the official classes are no buffers.
     """
     with on_meta():
-        return build_sam3_image_model(
+        model = build_sam3_image_model(
             bpe_path=str(bpe_path()),
             device="cpu",
             eval_mode=False,
@@ -80,6 +80,20 @@ def build_meta_sam3(enable_segmentation: bool = True, enable_inst_interactivity:
             enable_segmentation=enable_segmentation,
             enable_inst_interactivity=enable_inst_interactivity,
         )
+    _leave_autocast(model)
+    return model
+
+
+def _leave_autocast(model: Sam3Image) -> None:
+    """Leave the autocast that the official tracker enters for the whole process (sam3_tracking_predictor.py:50).
+
+    Within one, others are inner ones, whose end does not empty the cache of cast weights: a later model under autocast
+    would go on with its adapter as it was before a step of the optimizer.
+    """
+    for module in model.modules():
+        context = getattr(module, "bf16_context", None)
+        if isinstance(context, torch.autocast):
+            context.__exit__(None, None, None)
 
 
 @contextlib.contextmanager
