@@ -1,5 +1,7 @@
 """Adapters that start from data: EVA and LoRA-GA, with the losses of a small dataset."""
 
+import functools
+
 import peft
 import pytest
 import torch
@@ -13,6 +15,7 @@ from sam3_lora.base.loading import load_base
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, DataError
 from sam3_lora.training.builder import build_sam3_lora_model
+from sam3_lora.training.settings import TrainSettings, check_settings
 
 torch.set_num_threads(1)
 
@@ -148,15 +151,29 @@ def test_another_method_does_not_start_from_data():
         get_peft_sam3(untouched(), peft.LoHaConfig(), init_data=[lambda model: None])
 
 
-def test_a_start_that_fails_leaves_the_model_without_an_adapter():
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_start_that_fails_leaves_the_model_as_it_was(init):
     def broken(model):
         raise RuntimeError("the disk is gone")
 
     model = untouched()
+    names = [name for name, _ in model.named_modules()]
+    trained = [p.requires_grad for p in model.parameters()]
     with pytest.raises(RuntimeError, match="the disk is gone"):
-        get_peft_sam3(model, init_lora_weights="eva", init_data=[broken], **ATTENTION)
+        get_peft_sam3(model, init_lora_weights=init, init_data=[broken], **ATTENTION)
     assert adapted_modules(model) == []
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [name for name, _ in model.named_modules()] == names  # attention is not split either
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_a_run_is_checked_with_its_start_from_data(dataset, tmp_path):
+    settings = functools.partial(
+        TrainSettings, dataset, tmp_path, base="tiny", overrides={"init_lora_weights": "eva", **ATTENTION}
+    )
+    check_settings(settings(config={"adapter.init_data": str(dataset)}))
+    with pytest.raises(ConfigError, match="starts from data"):
+        check_settings(settings())
 
 
 def test_eva_gives_up_where_too_few_rows_enter_a_module(dataset, monkeypatch):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sam3_lora.adapter import count_parameters, get_peft_sam3, inner_model
 from sam3_lora.adapter.layers import adapter_tensors, strengths_of
+from sam3_lora.adapter.starting import without_data_start
 from sam3_lora.base.checkpoint import DEFAULT, check_base
 from sam3_lora.base.official import build_meta_sam3
 from sam3_lora.base.tiny import build_tiny_sam3
@@ -30,7 +31,6 @@ from sam3_lora.components import (
 from sam3_lora.plan import Strength
 from sam3_lora.presets import Preset
 
-_FROM_DATA = [("init_lora_weights", "eva"), ("init_lora_weights", "lora_ga")]
 _SAFETENSORS_DTYPES = {8: "F64", 4: "F32", 2: "F16", 1: "U8"}  # only the length of the name counts here
 
 
@@ -109,7 +109,7 @@ def plan_adapter(preset: str | Preset = "balanced", base: str = DEFAULT, **overr
     model = build_tiny_sam3() if base == "tiny" else build_meta_sam3()
     names = [name for name, _ in model.named_modules()]
     # Starts from data need the weights, and change no number here.
-    overrides = {key: value for key, value in overrides.items() if (key, value) not in _FROM_DATA}
+    overrides = without_data_start(overrides)
     adapted = get_peft_sam3(model, preset, **{**overrides, "adapter_name": "default"})
     inner = inner_model(adapted)
     trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}

@@ -41,9 +41,10 @@ from sam3_lora.adapter.methods import (
 )
 from sam3_lora.adapter.starting import (
     Step,
+    gather,
+    gradients_beside,
     smallest_side,
-    start_from_gradients,
-    start_from_inputs,
+    start_from_directions,
     start_problems,
 )
 from sam3_lora.adapter.wrapper import check_name
@@ -119,7 +120,7 @@ def _add_lora(
     init_data: Sequence[Step] | None,
 ) -> PeftModel:
     init = overrides.get("init_lora_weights")
-    if problems := start_problems(init, init_data):
+    if problems := start_problems(init, from_data=bool(init_data)):
         raise ConfigError(as_report(problems))
     trial = split_attention(without_weights(model))
     plan = make_plan((name for name, _ in trial.named_modules()), preset, overrides, _LORA_FIELDS)
@@ -131,13 +132,15 @@ def _add_lora(
     if "base_model_name_or_path" in plan.lora_config:
         model.name_or_path = plan.lora_config["base_model_name_or_path"]
     origin = Origin(fingerprint_of(model))  # now: PiSSA and its like change the base
-    config, split = _lora_config(plan), split_attention(model)
-    gradients = start_from_gradients(split, config, init_data or ()) if init == "lora_ga" else None
-    with gradients or contextlib.nullcontext():
+    config, gathered = _lora_config(plan), {}
+    if init_data:  # on a copy: whatever the data do, the model is as it was
+        gathered = gather(init, split_attention(copy_model(model, in_same_memory)), config, init_data)
+    split = split_attention(model)
+    with gradients_beside(split, gathered if init == "lora_ga" else {}):
         adapted = wrap(split, config, adapter_name)
     _check_wrapped(adapted, adapter_name, plan)
     if init == "eva":
-        _start_or_unload(adapted, adapter_name, init_data or ())
+        start_from_directions(adapted, adapter_name, gathered)
     remember_origin(
         adapted, adapter_name, dataclasses.replace(origin, initial=_initial(adapted, adapter_name))
     )
@@ -147,10 +150,10 @@ def _add_lora(
 def _add_other_method(
     model: nn.Module, config: PeftConfig, adapter_name: str, overrides: Mapping[str, Any]
 ) -> PeftModel:
-    names = [name for name, _ in split_attention(without_weights(model)).named_modules()]
-    settings = {**chosen_settings(config), **overrides}
-    modules, saved = select_modules(names, get_preset("balanced"), settings)
     split = split_attention(copy_model(model, in_same_memory))
+    settings = {**chosen_settings(config), **overrides}
+    names = (name for name, _ in split.named_modules())
+    modules, saved = select_modules(names, get_preset("balanced"), settings)
     sample = one_of_each_kind(split, modules)
     _refuse_failing(trial_model(split, sample), split, config_for(config, sample, ()), adapter_name, sample)
     refuse_uncalled(model, modules)
@@ -173,14 +176,6 @@ def _refuse_failing(
             problems = [f"{type(error).__name__}: {error}"]
     if problems:
         raise ConfigError(f"{method_of(config)} does not work on these modules: {as_report(problems)}")
-
-
-def _start_or_unload(adapted: PeftModel, adapter_name: str, steps: Sequence[Step]) -> None:
-    try:
-        start_from_inputs(adapted, adapter_name, steps)
-    except BaseException:  # also Ctrl-C
-        adapted.unload()
-        raise
 
 
 def _refuse_start(model: nn.Module, plan: Plan) -> None:

@@ -96,11 +96,15 @@ def check_settings(settings: TrainSettings) -> None:
     if settings.overrides:
         # Only the injection itself knows which modules they would name; shapes are enough for it.
         from sam3_lora.adapter import get_peft_sam3
+        from sam3_lora.adapter.starting import start_problems, without_data_start
         from sam3_lora.base.official import build_meta_sam3
         from sam3_lora.base.tiny import build_tiny_sam3
 
         model = build_tiny_sam3() if settings.base == "tiny" else build_meta_sam3()
-        get_peft_sam3(model, settings.preset, **settings.overrides)
+        init, data = settings.overrides.get("init_lora_weights"), settings.config.get("adapter.init_data")
+        if problems := start_problems(init, from_data=data is not None):
+            raise ConfigError(as_report(problems))
+        get_peft_sam3(model, settings.preset, **without_data_start(settings.overrides))
 
 
 def _config_problem(key: str, value: Any, preset: str) -> list[str]:
