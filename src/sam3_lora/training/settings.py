@@ -85,10 +85,9 @@ def check_settings(settings: TrainSettings) -> None:
         TargetError: If an override names modules that cannot be adapted.
     """
     get_preset(settings.preset)
+    known = _known_config(settings.preset) if settings.config else OmegaConf.create()
     problems = [
-        problem
-        for key, value in settings.config.items()
-        for problem in _config_problem(key, value, settings.preset)
+        problem for key, value in settings.config.items() for problem in _config_problem(key, value, known)
     ]
     problems += image_problems(settings.config, settings.base)
     if problems:
@@ -107,15 +106,18 @@ def check_settings(settings: TrainSettings) -> None:
         get_peft_sam3(model, settings.preset, **without_data_start(settings.overrides))
 
 
-def _config_problem(key: str, value: Any, preset: str) -> list[str]:
-    """Return a problem if a dotted key is in none of the config files that a run of this preset is made of, or has a
-    number there and is to become none."""
-    if key.startswith("lora."):
-        return seed_block_problems({key.removeprefix("lora."): None})
+def _known_config(preset: str) -> Any:
+    """Return the config files that a run of this preset is made of, as one."""
     folder = files("sam3_lora.configs") / "sam3_lora"
-    known = OmegaConf.merge(
+    return OmegaConf.merge(
         *(OmegaConf.create((folder / f"{name}.yaml").read_text()) for name in ("common", preset, "tiny"))
     )
+
+
+def _config_problem(key: str, value: Any, known: Any) -> list[str]:
+    """Return a problem if a dotted key is not in the config, or has a number there and is to become none."""
+    if key.startswith("lora."):
+        return seed_block_problems({key.removeprefix("lora."): None})
     *parents, last = key.split(".")
     node: Any = known
     for depth, name in enumerate([*parents, last]):
