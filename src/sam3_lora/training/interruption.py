@@ -141,9 +141,9 @@ class InterruptibleTrainer(Trainer):
             self._checkpoint_extra = {}
         set_random_state(random_before)  # whatever saving drew
 
-    def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
-        super()._load_resuming_checkpoint(ckpt_path)
-        self._resumed = torch.load(ckpt_path, map_location="cpu", weights_only=True).get(MIDDLE)
+    def _go_on_between_steps(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was written, after the official trainer has loaded the rest of it."""
+        self._resumed = checkpoint.get(MIDDLE)
         if self._resumed is not None:
             self._validated_epoch = self.epoch - 1
             logging.info(f"Going on after step {self._resumed['steps']} of epoch {self.epoch + 1}")

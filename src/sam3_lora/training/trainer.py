@@ -169,6 +169,7 @@ class LoraTrainer(InterruptibleTrainer):
                 f"{ckpt_path} is of another run; undo the changes, or train into a new folder: {as_report(changed)}"
             )
         super()._load_resuming_checkpoint(ckpt_path)
+        self._go_on_between_steps(saved)
 
     def _item_seed(self) -> int:
         return self._seed
