@@ -11,6 +11,7 @@ from sam3_lora.base.checkpoint import FULL_SIZE
 from sam3_lora.estimation.coefficients import features
 from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.presets import PRESETS
+from sam3_lora.training.losses import shipped_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/reference/counts.md"
@@ -44,13 +45,7 @@ def write_results(found: Mapping[str, Any], settings: Mapping[str, Mapping[str, 
 
 def levers_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `memory` block of a setting, as the shipped configs have it otherwise."""
-    from importlib.resources import files
-
-    from omegaconf import OmegaConf
-
-    shipped: Any = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
-    changed = {key.removeprefix("memory."): value for key, value in config.items()}
-    return {**shipped.memory, **changed}
+    return {**shipped_config(config).memory}
 
 
 def fitted(counts: Counts) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sam3_lora.base.text import fill_uninitialised
 from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.evaluation.batches import sized_batch
 from sam3_lora.inference import resolution_of
-from sam3_lora.training.losses import configured_losses, training_loss
+from sam3_lora.training.losses import configured_losses, shipped_config, training_loss
 
 from sam3.model_builder import _create_text_encoder, _create_vit_backbone  # isort: skip  (after the stand-in for triton)
 
@@ -87,7 +87,7 @@ def _with_peft_attention(model: nn.Module, split_names: Iterable[str]) -> nn.Mod
 
 
 def _tiny_step(model: Any, batch: Any) -> Callable[[], Tensor]:
-    losses = configured_losses(model.transformer.decoder.num_queries)
+    losses = configured_losses(shipped_config({"base.num_queries": model.transformer.decoder.num_queries}))
     return lambda: training_loss(model, losses, batch)
 
 

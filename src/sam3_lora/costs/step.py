@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.resources import files
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +23,7 @@ from sam3_lora.counting import StepCount, count_step
 from sam3_lora.errors import ConfigError
 from sam3_lora.memory import apply_levers, memory_settings
 from sam3_lora.memory.settings import AUTO
+from sam3_lora.training.losses import configured_losses, shipped_config, training_loss
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
 from sam3.train.data.collator import collate_fn_api  # isort: skip
@@ -77,10 +76,8 @@ class FullSizeStep:
         enable_cpu_training()
         self._official = model = build_meta_sam3()
         self._model = preset(model) if callable(preset) else get_peft_sam3(model, preset, **overrides)
-        settings = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
-        for key, value in (config or {}).items():
-            OmegaConf.update(settings, key, value)
-        self._loss: Any = instantiate(settings.loss, normalization="local")  # "global" needs a process group
+        settings = shipped_config(config)
+        self._loss = configured_losses(settings)
         model.matcher = self._loss.matcher
         block: Any = OmegaConf.to_container(settings.memory)
         memory = memory_settings(block)
@@ -112,11 +109,7 @@ class FullSizeStep:
 
     def _core_loss(self, data: Any) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._amp):
-            stages = self._official(data)
-            targets = [self._official.back_convert(target) for target in data.find_targets]
-            losses = self._loss(stages, targets)
-            core: Tensor = losses["core_loss"]
-            return core
+            return training_loss(self._official, self._loss, data)
 
     def _parts(self) -> dict[str, list[nn.Module]]:
         parts: dict[str, list[nn.Module]] = {}

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from sam3_lora.inference import eval_mode
 from sam3_lora.memory.modes import makes_noise
 
 
-def configured_losses(num_queries: int) -> Any:
-    """Return the official ``Sam3LossWrapper`` as ``common.yaml`` sets it up, for a single process.
+def shipped_config(changes: Mapping[str, Any] | None = None) -> DictConfig:
+    """Return ``common.yaml``, whose other parts Hydra would add, with some keys changed by dotted name."""
+    config = _shipped().copy()
+    for key, value in (changes or {}).items():
+        OmegaConf.update(config, key, value)
+    return config
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> DictConfig:
+    return OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
+
+
+def configured_losses(config: DictConfig) -> Any:
+    """Return the official ``Sam3LossWrapper`` as a config sets it up, for a single process.
 
     Call :func:`sam3_lora.base.cpu.enable_cpu_training` before it is used where there is no CUDA.
 
     Args:
-        num_queries: Of the model's decoder; the class loss is scaled by it.
+        config: From :func:`shipped_config`; its ``base.num_queries`` is that of the model's decoder.
     """
-    config = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
-    config.base.num_queries = num_queries
     return instantiate(config.loss, normalization="local")  # "global" needs a process group
 
 
@@ -46,16 +60,14 @@ def noise_free_loss(model: Any, batch: Any) -> Tensor:
         model: A ``Sam3Image``; its modes are as before afterwards.
         batch: As for :func:`training_loss`.
     """
-    losses = configured_losses(model.transformer.decoder.num_queries)
-    matcher, modes = model.matcher, [(module, module.training) for module in model.modules()]
-    model.train()
-    for module in model.modules():
-        if makes_noise(module):
+    losses = configured_losses(shipped_config({"base.num_queries": model.transformer.decoder.num_queries}))
+    matcher = model.matcher
+    with eval_mode(model):
+        model.train()
+        for module in filter(makes_noise, model.modules()):
             module.training = False
-    try:
-        model.matcher = losses.matcher  # a model that was built for inference has none
-        return training_loss(model, losses, batch)
-    finally:
-        model.matcher = matcher
-        for module, training in modes:
-            module.training = training
+        try:
+            model.matcher = losses.matcher  # a model that was built for inference has none
+            return training_loss(model, losses, batch)
+        finally:
+            model.matcher = matcher
