@@ -202,18 +202,18 @@ def _share_image_features(base: Sam3Image, adapted: Sequence[nn.Module]) -> None
     """Give every model whose vision trunk has exactly the base's weights the base's own trunk, with a memory."""
     neck: Any = base.backbone.vision_backbone
     own = _addresses(neck.trunk)
-    shared = neck.trunk = _RememberingTrunk(neck.trunk)
+    shared = neck.trunk = RememberingTrunk(neck.trunk)
     for model in adapted:
         neck = model.get_submodule("backbone.vision_backbone")
         # LoRA adds weights; a trained bias, or a whole module that was trained, lies elsewhere than the base's.
-        neck.trunk = shared if _addresses(neck.trunk) == own else _RememberingTrunk(neck.trunk)
+        neck.trunk = shared if _addresses(neck.trunk) == own else RememberingTrunk(neck.trunk)
 
 
 def _addresses(module: nn.Module) -> set[int]:
     return {parameter.data_ptr() for parameter in module.parameters()}
 
 
-class _RememberingTrunk(nn.Module):
+class RememberingTrunk(nn.Module):
     """A vision trunk that gives the features of the last images again when it sees the same images again.
 
     The neck above it runs for each model: an adapter may be on it, and it costs little beside the trunk. It reads

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from sam3_lora.training.data import collate_fn as collate_fn
     from sam3_lora.training.data import render_demo_dataset as render_demo_dataset
     from sam3_lora.training.optimizer import lora_plus as lora_plus
+    from sam3_lora.training.prompted_data import PromptedCoco as PromptedCoco
     from sam3_lora.training.trainer import LoraTrainer as LoraTrainer
 
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
 _MODULES = {
     "LoraTrainer": "trainer",
+    "PromptedCoco": "prompted_data",
     "TrainImages": "augmentation",
     "build_sam3_lora_model": "builder",
     "collate_fn": "data",
@@ -25,6 +27,7 @@ _MODULES = {
 
 __all__ = [
     "LoraTrainer",
+    "PromptedCoco",
     "TrainImages",
     "build_sam3_lora_model",
     "collate_fn",

@@ -24,7 +24,13 @@ from sam3_lora.output import check_output, claim_output, mark_finished, write_te
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 from sam3_lora.training.relay import SignalRelay, stopped_run
-from sam3_lora.training.settings import RUN_FILE_HEADER, TrainSettings, check_settings, run_yaml
+from sam3_lora.training.settings import (
+    RUN_FILE_HEADER,
+    TrainSettings,
+    check_prompts,
+    check_settings,
+    run_yaml,
+)
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
 
 RUN_FILE = "run.yaml"
@@ -55,6 +61,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
     check_dataset(settings.data)
+    check_prompts(settings)
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE

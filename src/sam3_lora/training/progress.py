@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,7 +94,13 @@ class ProgressReader:
             elif kind == "step":
                 self.last_step = event
                 self._show()
-            else:
+            elif kind == "verifying":
+                print(
+                    f"{event['done']}/{event['images']} images: asking the base what is not there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            elif kind == "metrics":
                 self._metrics = {name: value for name, value in event.items() if name != "epoch"}
                 self._show()
 

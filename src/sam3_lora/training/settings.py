@@ -11,6 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
+from sam3_lora.data.coco import read_split
+from sam3_lora.data.prompts import PromptSampler, prompt_problems, prompt_settings
 from sam3_lora.errors import ConfigError, as_report, did_you_mean
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import seed_block_problems
@@ -19,6 +21,9 @@ from sam3_lora.training.image_settings import image_problems
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
 )
+
+
+_PATHS = ("prompts.phrases", "prompts.cache")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def check_settings(settings: TrainSettings) -> None:
         problem for key, value in settings.config.items() for problem in _config_problem(key, value, known)
     ]
     problems += image_problems(settings.config, settings.base)
+    if not problems:  # else one mistake would be told twice
+        problems = prompt_problems(settings.config)
     if problems:
         raise ConfigError(as_report(problems))
     if settings.overrides:
@@ -104,6 +111,23 @@ def check_settings(settings: TrainSettings) -> None:
         if problems := start_problems(init, from_data=data is not None):
             raise ConfigError(as_report(problems))
         get_peft_sam3(model, settings.preset, **without_data_start(settings.overrides))
+
+
+def check_prompts(settings: TrainSettings) -> None:
+    """Do nothing if the prompts of a run go with the classes of its dataset, which must have been checked.
+
+    Raises:
+        ConfigError: If not, with all problems.
+        DataError: If a file with phrases cannot be used.
+    """
+    given = {
+        key.removeprefix("prompts."): value
+        for key, value in settings.config.items()
+        if key.startswith("prompts.")
+    }
+    for name in ("train", "valid"):
+        categories = read_split(settings.data / name).categories
+        PromptSampler({category["id"]: category["name"] for category in categories}, prompt_settings(given))
 
 
 def _known_config(preset: str) -> Any:
@@ -165,6 +189,8 @@ def run_yaml(settings: TrainSettings) -> str:
         }
     )
     for name, value in settings.config.items():
+        if name in _PATHS and value is not None:
+            value = str(Path(value).expanduser().resolve())  # it may go on from another folder
         OmegaConf.update(run, name, value)
     presets = [f"/sam3_lora/{settings.preset}"]
     return _as_run_file([*presets, "/sam3_lora/tiny"] if settings.base == "tiny" else presets, run)

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
 from sam3_lora.training.precision import AUTO, chosen_amp
+from sam3_lora.training.presence import Base, OnAsked, verify_negatives
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
+from sam3_lora.training.prompted_data import PromptedCoco
 
 provide_triton()
 
@@ -46,6 +49,8 @@ METRICS = {
 #: Beside the dumps of the last validation: those of the validation after which the best adapter was saved.
 BEST_DUMPS = "best"
 
+
+_SECONDS_BETWEEN_REPORTS = 10.0
 
 # Parts of the official trainer's config that decide the result.
 _COMPARED_ON_RESUME = ("model", "data", "loss", "max_epochs", "val_epoch_freq", "gradient_accumulation_steps")
@@ -220,10 +225,11 @@ class LoraTrainer(InterruptibleTrainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
+        self._verify_negatives()
         settings = (
             {}
             if self.train_dataset is None
-            else in_force(self, self._about_run["images"], len(self._prompts))
+            else in_force(self, self._about_run["images"], self._most_prompts())
         )
         for name, line in settings.items():
             logging.info(f"{name}: {line}")
@@ -236,6 +242,45 @@ class LoraTrainer(InterruptibleTrainer):
             total_parameters=count.total,
             settings=settings,
         )
+
+    def _prompted(self) -> tuple[Any, PromptedCoco] | None:
+        """Return the dataset of training images and its loader, if that is ours."""
+        dataset = getattr(getattr(self.train_dataset, "dataset", None), "dataset", None)
+        loader = getattr(dataset, "coco", None)
+        return (dataset, loader) if isinstance(loader, PromptedCoco) else None
+
+    def _most_prompts(self) -> int:
+        prompted = self._prompted()
+        return prompted[1].most_prompts() if prompted else len(self._prompts)
+
+    def _verify_negatives(self) -> None:
+        """Let the base say which negatives are not to be seen in which training image, where the config asks for it."""
+        prompted = self._prompted()
+        if prompted is None or prompted[1].settings.negatives != "verified":
+            return
+        dataset, loader = prompted
+        base = Base(self.model_conf["base"], self.device, self.model_conf.get("quantization"))
+        verify_negatives(
+            loader,
+            Path(dataset.root),
+            base,
+            rank=self.distributed_rank,
+            processes=torch.distributed.get_world_size(),
+            together=torch.distributed.barrier,
+            on_asked=self._report_asked(),
+        )
+
+    def _report_asked(self) -> OnAsked:
+        last = time.monotonic()
+
+        def report(done: int, images: int) -> None:
+            nonlocal last
+            if done == images or time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
+                last = time.monotonic()
+                logging.info(f"Verified negatives: {done} of {images} images")
+                self._report("verifying", done=done, images=images)
+
+        return report
 
     def _run_step(
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
@@ -312,7 +357,9 @@ def _prompts_and_images(data: Any) -> tuple[list[str], int]:
     if annotation_file is None:  # a dataset of another kind
         return [], 0
     document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
-    return [category["name"] for category in document["categories"]], len(document["images"])
+    names = OmegaConf.select(OmegaConf.create(data), "train.dataset.coco_json_loader.prompts.names") or {}
+    categories = [category["name"] for category in document["categories"]]
+    return [names.get(category, category) for category in categories], len(document["images"])
 
 
 def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
