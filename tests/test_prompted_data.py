@@ -1,7 +1,6 @@
 """Datapoints with prompts of our choice, from the configs' own datasets, and negatives that the base has verified."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
