@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from official_step import register_resolvers
@@ -11,15 +12,22 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from sam3_lora.adapter import get_peft_sam3, save_adapter
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.phrases import negative_phrases
 from sam3_lora.data.shapes import DEMO_CONCEPTS, PLAIN, PRETRAINING_CONCEPTS, render_scene, write_coco
-from sam3_lora.errors import ConfigError, DataError
+from sam3_lora.errors import ConfigError, DataError, Sam3LoraError
+from sam3_lora.evaluation.batches import open_split
+from sam3_lora.evaluation.compare import common_prompts
 from sam3_lora.training import presence
+from sam3_lora.training.fingerprint import differences, fingerprint_of_run
+from sam3_lora.training.launch import train
 from sam3_lora.training.presence import Base, verify_negatives
 from sam3_lora.training.prompted_data import PromptedCoco
 from sam3_lora.training.resumable_data import SeededItems
+from sam3_lora.training.settings import TrainSettings, run_yaml
+from sam3_lora.training.trainer import _prompts_and_images
 
 TINY = Base("tiny", "cpu")
 
@@ -138,6 +146,12 @@ def test_a_class_that_the_dataset_lacks_is_an_error(dataset):
 
 
 @pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """A cache that tests share, where they are not about it."""
+    return tmp_path_factory.mktemp("answers")
+
+
+@pytest.fixture(scope="module")
 def known_shapes(tmp_path_factory):
     """Images of shapes that the tiny base knows, of which only one kind is a class; and the list of all of them."""
     folder = tmp_path_factory.mktemp("known")
@@ -178,11 +192,11 @@ def negatives_in(loader):
     ]
 
 
-def test_a_listed_phrase_that_is_visible_is_never_taught_as_absent(known_shapes, tmp_path):
+def test_a_listed_phrase_that_is_visible_is_never_taught_as_absent(known_shapes, answers):
     folder, _, shown = known_shapes
-    unverified = known_loader(known_shapes, tmp_path, negatives="list")
+    unverified = known_loader(known_shapes, answers, negatives="list")
     assert any(asked & seen for asked, seen in zip(negatives_in(unverified), shown, strict=True))
-    verified = known_loader(known_shapes, tmp_path)
+    verified = known_loader(known_shapes, answers)
     verify_negatives(verified, folder, TINY)
     for asked, seen in zip(negatives_in(verified), shown, strict=True):
         assert not asked & seen
@@ -240,9 +254,9 @@ def test_verified_without_answers_is_an_error_and_never_means_absent(known_shape
         loader.loadQueriesAndAnnotationsFromDatapoint(0)
 
 
-def test_presence_is_the_base_s_own_score(known_shapes, tmp_path):
+def test_presence_is_the_base_s_own_score(known_shapes, answers):
     folder, _, shown = known_shapes
-    loader = known_loader(known_shapes, tmp_path)
+    loader = known_loader(known_shapes, answers)
     verify_negatives(loader, folder, TINY)
     model = load_base("tiny", device="cpu")
     transform = presence.official_transforms(112)
@@ -253,3 +267,67 @@ def test_presence_is_the_base_s_own_score(known_shapes, tmp_path):
     scores = {asked.prompt: score for asked, score in loader._scores(0).items()}
     assert scores[prompt] == pytest.approx(stage["presence_logit_dec"].sigmoid().item(), abs=2e-3)
     assert scores[prompt] > 0.5 > scores["zebra"]
+
+
+def test_the_record_holds_the_prompts_that_were_asked(dataset):
+    data = {
+        "train": {
+            "dataset": {
+                "ann_file": str(dataset / "train" / ANNOTATION_FILE),
+                "coco_json_loader": {"prompts": {"names": {"orange hexagon": "honeycomb cell"}}},
+            }
+        }
+    }
+    assert _prompts_and_images(data) == (["purple cross", "honeycomb cell", "cyan crescent"], 6)
+
+
+def test_a_run_with_other_phrases_is_another_run(tmp_path):
+    file = tmp_path / "phrases.txt"
+    file.write_text("zebra\n")
+    loader = {"prompts": {"phrases": str(file), "cache": "here", "negatives": "list"}}
+    before = fingerprint_of_run(loader)
+    file.rename(tmp_path / "moved.txt")
+    moved = {"prompts": {**loader["prompts"], "phrases": str(tmp_path / "moved.txt"), "cache": "there"}}
+    assert fingerprint_of_run(moved) == before
+    (tmp_path / "moved.txt").write_text("penguin\n")
+    assert [line.split(" was ")[0] for line in differences(before, fingerprint_of_run(moved))] == [
+        "prompts.phrases"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param({"prompts.negatives": "lists"}, "did you mean 'list'", id="value"),
+        pytest.param({"prompts.negativ": "list"}, "did you mean 'negatives'", id="key"),
+        pytest.param({"prompts.names": {"orange hexagn": "x"}}, "did you mean 'orange hexagon'", id="class"),
+        pytest.param({"prompts.phrases": "no/such.txt"}, "cannot be read", id="file"),
+    ],
+)
+def test_bad_prompts_are_found_before_anything_is_written(config, message, dataset, tmp_path):
+    settings = TrainSettings(dataset, tmp_path / "run", base="tiny", config=config)
+    with pytest.raises(Sam3LoraError, match=message):
+        train(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_a_run_are_written_by_their_absolute_paths(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = TrainSettings(dataset, tmp_path / "run", config={"prompts.phrases": "mine.txt"})
+    assert yaml.safe_load(run_yaml(settings))["prompts"]["phrases"] == str(tmp_path / "mine.txt")
+
+
+def test_evaluation_asks_by_the_prompts_that_adapters_record(dataset, tmp_path):
+    def adapter(name, **training):
+        save_adapter(
+            get_peft_sam3(load_base("tiny", device="cpu"), "minimal"), tmp_path / name, training=training
+        )
+        return tmp_path / name
+
+    named = adapter("named", prompt_of={"purple cross": "violet plus"})
+    assert common_prompts({"named": named, "plain": adapter("plain")}) == {"purple cross": "violet plus"}
+    with pytest.raises(ConfigError, match="class 'purple cross': 'violet plus' by named, 'x' by other"):
+        common_prompts({"named": named, "other": adapter("other", prompt_of={"purple cross": "x"})})
+    split = dataset / "valid"
+    asked = open_split(split, split / ANNOTATION_FILE, 112, prompt_of={"purple cross": "violet plus"})[0]
+    assert asked_of(asked) == [(1, "violet plus"), (2, "orange hexagon"), (3, "cyan crescent")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sam3_lora.data.prompts import prompt_settings
+from sam3_lora.data.prompt_settings import prompt_settings
 from sam3_lora.errors import ConfigError, as_report
 from sam3_lora.estimation.advice import Advice, advice_for
 from sam3_lora.estimation.levers import formula_of, lever_problems, shipped_levers

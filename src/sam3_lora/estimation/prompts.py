@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median_high
 
 from sam3_lora.data.coco import read_split
-from sam3_lora.data.prompts import PromptSettings
+from sam3_lora.data.prompt_settings import PromptSettings
 from sam3_lora.errors import DataError
 
 

@@ -20,6 +20,7 @@ from sam3_lora.evaluation.metrics import predict_split
 from sam3_lora.evaluation.scores import ModelEvaluation, read_truth, score_predictions
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
+from sam3_lora.record import read_record
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
 
@@ -69,7 +70,7 @@ def evaluate(
     """Measure a base and adapters on a split: AP of boxes and masks, mean IoU and cgF1, of each class too.
 
     Everything is found out before the first image: the data are checked, the adapters loaded. All models see an
-    image in turn; its features are computed once by the base, whose trunk serves every adapter that leaves it as it
+    image in turn, by the prompts that the adapters were trained with; its features are computed once by the base, whose trunk serves every adapter that leaves it as it
     is. The weights of the base are in memory once. On CUDA the forward runs under bfloat16 autocast, as the
     validation of a training run does.
 
@@ -88,13 +89,15 @@ def evaluate(
         DataError: If the split is missing, cannot be used, or has no objects.
         AdapterError: If adapters are missing, damaged, of different bases, or do not fit the base.
         CheckpointError: If the base cannot be had.
-        ConfigError: If an adapter is given twice, or ``batch_size`` is below 1.
+        ConfigError: If an adapter is given twice, adapters were trained with different prompts for a class, or
+            ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be 1 or more, got {batch_size!r}")
     folder = _checked_split(Path(data), split)
     named = _named(adapters)
     base_name = str(base) if base is not None else _common_base(named)
+    prompt_of = common_prompts(named)
     model = load_base(base_name, device=device)
     beside = [load_adapter_beside(model, path).get_base_model() for path in named.values()]
     _share_image_features(model, beside)
@@ -107,6 +110,7 @@ def evaluate(
             batch_size=batch_size,
             device=model.device,
             on_progress=on_progress,
+            prompt_of=prompt_of,
         )
     of_base, *of_adapters = (score_predictions(folder / ANNOTATION_FILE, results) for results in predictions)
     return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)), named)
@@ -196,6 +200,29 @@ def _common_base(adapters: Mapping[str, Path]) -> str:
             "or name one base for all with base (--base)"
         )
     return next(iter(bases.values()))
+
+
+def common_prompts(adapters: Mapping[str, Path]) -> dict[str, str]:
+    """Return the prompts that adapters were trained with for classes by other names, by class.
+
+    Raises:
+        ConfigError: If two have different ones for a class; names all of these.
+    """
+    asked: dict[str, dict[str, str]] = {}
+    for adapter, folder in adapters.items():
+        record = read_record(folder)
+        for name, prompt in ((record.training if record else {}).get("prompt_of") or {}).items():
+            asked.setdefault(name, {})[prompt] = adapter
+    problems = [
+        f"class {name!r}: " + ", ".join(f"{prompt!r} by {adapter}" for prompt, adapter in prompts.items())
+        for name, prompts in asked.items()
+        if len(prompts) > 1
+    ]
+    if problems:
+        raise ConfigError(
+            f"these adapters were trained with different prompts; evaluate them on their own: {as_report(problems)}"
+        )
+    return {name: next(iter(prompts)) for name, prompts in asked.items()}
 
 
 def _share_image_features(base: Sam3Image, adapted: Sequence[nn.Module]) -> None:

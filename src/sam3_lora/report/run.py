@@ -125,6 +125,7 @@ def _measure_base(
             batch_size=config["training"]["batch_size"],
             device=model.device,
             on_progress=on_progress,
+            prompt_of=config.get("prompts", {}).get("names"),
         )
     metrics = {name: value for name, value in result.overall.defined().items() if name in METRICS}
     return Measured(metrics, result.predictions, _BASE_NOTE)

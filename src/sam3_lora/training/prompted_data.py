@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3_lora.base.cpu import provide_triton
-from sam3_lora.data.prompts import Asked, PromptSampler, PromptSettings, prompt_settings
+from sam3_lora.data.prompt_settings import PromptSettings, prompt_settings
+from sam3_lora.data.prompts import Asked, PromptSampler
 from sam3_lora.errors import DataError
 
 provide_triton()

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
 from sam3_lora.data.coco import read_split
-from sam3_lora.data.prompts import PromptSampler, prompt_problems, prompt_settings
+from sam3_lora.data.prompt_settings import prompt_problems, prompt_settings
+from sam3_lora.data.prompts import PromptSampler
 from sam3_lora.errors import ConfigError, as_report, did_you_mean
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import seed_block_problems

@@ -211,6 +211,8 @@ class LoraTrainer(InterruptibleTrainer):
             "seed": self._seed,
             "best_metric": self._best_metric,
         }
+        if names := _names(self.data_conf):
+            self._about_run["prompt_of"] = names
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
@@ -357,9 +359,15 @@ def _prompts_and_images(data: Any) -> tuple[list[str], int]:
     if annotation_file is None:  # a dataset of another kind
         return [], 0
     document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
-    names = OmegaConf.select(OmegaConf.create(data), "train.dataset.coco_json_loader.prompts.names") or {}
+    names = _names(data)
     categories = [category["name"] for category in document["categories"]]
     return [names.get(category, category) for category in categories], len(document["images"])
+
+
+def _names(data: Any) -> dict[str, str]:
+    """Return the prompts of the classes that are asked by another one than their name."""
+    names = OmegaConf.select(OmegaConf.create(data), "train.dataset.coco_json_loader.prompts.names")
+    return {} if names is None else {str(name): str(prompt) for name, prompt in names.items()}
 
 
 def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
