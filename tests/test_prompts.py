@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from dataclasses import fields
-from importlib.resources import files
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,6 +11,7 @@ from sam3_lora.data.phrases import held_out_phrases, negative_phrases, words_of
 from sam3_lora.data.prompt_settings import PromptSettings, prompt_problems, prompt_settings
 from sam3_lora.data.prompts import Asked, PromptSampler
 from sam3_lora.errors import ConfigError
+from sam3_lora.training.composition import shipped_config
 
 CLASSES = {1: "crack", 2: "rust", 5: "moss"}
 MANY = {number: f"kind{number}" for number in range(20)}
@@ -27,8 +27,7 @@ def draws(of, present, absent, times=200, scores=None):
 
 
 def test_the_shipped_config_is_the_default_of_the_settings():
-    config = OmegaConf.create((files("sam3_lora.configs") / "sam3_lora" / "common.yaml").read_text())
-    shipped = OmegaConf.to_container(config.prompts)
+    shipped = OmegaConf.to_container(shipped_config().prompts)
     defaults = PromptSettings()
     assert {**shipped, "templates": tuple(shipped["templates"])} == {
         item.name: getattr(defaults, item.name) for item in fields(PromptSettings)
