@@ -1,7 +1,8 @@
 """Measure what negatives in training do: does the tuned tiny model stay silent on what is not there, and still find the rest?
 
-    OMP_NUM_THREADS=1 python benchmarks/negatives.py --output runs/negatives.jsonl            # all runs, 40 CPU minutes
-    OMP_NUM_THREADS=1 python benchmarks/negatives.py --output runs/negatives.jsonl --table    # the table of what is there
+    OMP_NUM_THREADS=1 python benchmarks/negatives.py                # all runs, 40 CPU minutes
+    OMP_NUM_THREADS=1 python benchmarks/negatives.py --table        # the table of what is there
+    OMP_NUM_THREADS=1 python benchmarks/negatives.py --presence     # how well the base's own answers separate
 
 Each run is the demo's: 60 training images of new concepts, 12 epochs of ``balanced``, one seed for images and training. Two
 datasets: "three", the demo's three classes, and "one", a single class that is in every image. Runs that the file holds are
@@ -37,10 +38,12 @@ from sam3_lora.data.shapes import (
     DEMO_CONCEPTS,
     PLAIN,
     PRETRAINING_CONCEPTS,
+    VARIED,
     Concept,
     render_scene,
     write_coco,
 )
+from sam3_lora.evaluation.batches import evaluating, forward, make_datapoint, official_transforms
 from sam3_lora.evaluation.metrics import evaluate_split, false_fire_rate
 from sam3_lora.training.launch import train
 from sam3_lora.training.settings import TrainSettings
@@ -96,6 +99,30 @@ def measure(model: Any, split: Path, classes: Sequence[str], seed: int) -> dict[
     return {"bbox_AP50": scores["bbox_AP50"], "segm_AP50": scores["segm_AP50"], **rates}
 
 
+def presence_of_known_shapes() -> str:
+    """Say how well the presence score of the tiny base tells shapes that it knows and sees from those that it does not."""
+    model = load_base("tiny", device="cpu")
+    transform = official_transforms(TINY.resolution)
+    prompts = [concept.prompt for concept in PRETRAINING_CONCEPTS]
+    seen: list[float] = []
+    unseen: list[float] = []
+    for style in (PLAIN, VARIED):
+        rng = np.random.RandomState(5)
+        for _ in range(40):
+            scene = render_scene(rng, PRETRAINING_CONCEPTS, style, TINY.resolution)
+            shown = {prompts[item.concept] for item in scene.objects}
+            datapoint = transform(make_datapoint(Image.fromarray(scene.image), prompts))
+            with evaluating(model):
+                (stage,), _ = forward(model, [datapoint], "cpu")
+            scores = stage["presence_logit_dec"].sigmoid().flatten().tolist()
+            for prompt, score in zip(prompts, scores, strict=True):
+                (seen if prompt in shown else unseen).append(score)
+    shares = ", ".join(
+        f"{np.mean(np.array(unseen) < limit):.1%} below {limit}" for limit in (0.03, 0.1, 0.3, 0.5)
+    )
+    return f"{len(seen)} seen: {min(seen):.3f} or more; {len(unseen)} not seen: {shares}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the medians over seeds as Markdown, with the least and the largest in brackets."""
     lines = ["| dataset | negatives | " + " | ".join(COLUMNS) + " | seeds |"]
@@ -120,7 +147,15 @@ def read(output: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--output", type=Path, required=True, help="file for the numbers of each run, a line each"
+        "--presence",
+        action="store_true",
+        help="only print the base's presence scores of shapes that it knows",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/negatives.jsonl"),
+        help="file for the numbers of each run, a line each",
     )
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
@@ -129,6 +164,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.presence:
+        print(presence_of_known_shapes())
+        return
     if not args.table:
         for seed in args.seeds:
             for dataset in args.datasets:
