@@ -28,7 +28,7 @@ class PromptSettings:
         phrases: File with phrases, one a line, instead of the list of the package.
         candidates: Phrases, and classes, of an image that the base is asked for ``verified``.
         absent_below: ``verified`` takes a phrase for absent where the base's presence score, 0 to 1, is below this.
-        cache: Folder of the base's answers; ``None``: ``$SAM3_LORA_CACHE/presence``, else ``~/.cache/sam3_lora/presence``.
+        cache: Folder of the base's answers; ``None``: ``$SAM3_LORA_CACHE/presence``, else ``~/.cache/sam3-lora/presence``.
     """
 
     negatives: str = "verified"

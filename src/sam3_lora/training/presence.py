@@ -42,8 +42,8 @@ class Base:
 
 def default_cache() -> Path:
     """Return the folder where answers are kept unless a config names another: ``presence`` in the folder that the
-    environment variable ``SAM3_LORA_CACHE`` names, or else in ``~/.cache/sam3_lora``."""
-    return Path(os.environ.get("SAM3_LORA_CACHE", "~/.cache/sam3_lora"), "presence").expanduser()
+    environment variable ``SAM3_LORA_CACHE`` names, or else in ``~/.cache/sam3-lora``."""
+    return Path(os.environ.get("SAM3_LORA_CACHE", "~/.cache/sam3-lora"), "presence").expanduser()
 
 
 def verify_negatives(
