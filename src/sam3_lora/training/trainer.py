@@ -22,7 +22,6 @@ from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic, write_text_atomic
-from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.effective import ineffective_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
@@ -77,7 +76,6 @@ class LoraTrainer(InterruptibleTrainer):
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
         save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
-        lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
         composed: The file in which the official script has left the whole config, where there is one: a name in it that
             has no effect is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer`.
@@ -91,7 +89,6 @@ class LoraTrainer(InterruptibleTrainer):
         adapter_freq: int = 1,
         save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
-        lora: Mapping[str, Any] | None = None,
         composed: str | None = None,
         accelerator: str = "auto",
         seed_value: int = 0,
@@ -115,8 +112,6 @@ class LoraTrainer(InterruptibleTrainer):
                 "optim": optim,
                 **{name: official.get(name) for name in _COMPARED_ON_RESUME},
             }
-            if lora is not None:
-                raise ConfigError(as_report(seed_block_problems(lora)))
             if problems := [*_unknown_keywords(official), *_ineffective(composed)]:
                 raise ConfigError(as_report(problems))
             if best_metric is not None and best_metric not in METRICS:
