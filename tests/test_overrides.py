@@ -12,7 +12,7 @@ from sam3_lora.errors import ConfigError
 from sam3_lora.training.composition import shipped_config
 from sam3_lora.training.effective import ineffective_problems
 from sam3_lora.training.overrides import SETTING_KEYS, override_problems, parse_overrides
-from sam3_lora.training.settings import check_settings, run_yaml
+from sam3_lora.training.settings import check_settings, run_choices, run_yaml
 
 
 def settings(**changes):
@@ -220,3 +220,11 @@ def test_other_features_of_the_official_recipe_are_reached_by_overrides(feature,
         type(usual),
         [(g["lr"], g["weight_decay"]) for g in usual.param_groups],
     )
+
+
+def test_a_run_is_asked_for_the_choices_that_it_was_started_with():
+    def choices(**changes):
+        return run_choices(OmegaConf.create(run_yaml(settings(**changes))))
+
+    assert choices()["schedule"] == "cosine"
+    assert choices(config={"schedule": "constant"}) == {**choices(), "schedule": "constant"}
