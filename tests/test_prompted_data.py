@@ -21,13 +21,13 @@ from sam3_lora.errors import ConfigError, DataError, Sam3LoraError
 from sam3_lora.evaluation.batches import open_split
 from sam3_lora.evaluation.compare import common_prompts
 from sam3_lora.training import presence
+from sam3_lora.training.asked import prompts_and_images
 from sam3_lora.training.fingerprint import differences, fingerprint_of_run
 from sam3_lora.training.launch import train
 from sam3_lora.training.presence import Base, verify_negatives
 from sam3_lora.training.prompted_data import PromptedCoco
 from sam3_lora.training.resumable_data import SeededItems
 from sam3_lora.training.settings import TrainSettings, run_yaml
-from sam3_lora.training.trainer import _prompts_and_images
 
 TINY = Base("tiny", "cpu")
 
@@ -248,10 +248,13 @@ def test_another_image_list_or_base_is_asked_anew(change, known_shapes, tmp_path
     )
 
 
-def test_verified_without_answers_is_an_error_and_never_means_absent(known_shapes, tmp_path):
-    loader = known_loader(known_shapes, tmp_path)
-    with pytest.raises(DataError, match="verified needs the base's answers"):
-        loader.loadQueriesAndAnnotationsFromDatapoint(0)
+def test_without_answers_of_the_base_no_phrase_is_taken_for_absent(known_shapes, tmp_path):
+    assert negatives_in(known_loader(known_shapes, tmp_path)) == [{"cyan crescent"}] * 8
+
+
+def test_an_image_that_cannot_be_read_is_named(known_shapes, tmp_path):
+    with pytest.raises(DataError, match="no_such_folder"):
+        verify_negatives(known_loader(known_shapes, tmp_path), tmp_path / "no_such_folder", TINY)
 
 
 def test_presence_is_the_base_s_own_score(known_shapes, answers):
@@ -278,7 +281,7 @@ def test_the_record_holds_the_prompts_that_were_asked(dataset):
             }
         }
     }
-    assert _prompts_and_images(data) == (["purple cross", "honeycomb cell", "cyan crescent"], 6)
+    assert prompts_and_images(data) == (["purple cross", "honeycomb cell", "cyan crescent"], 6)
 
 
 def test_a_run_with_other_phrases_is_another_run(tmp_path):

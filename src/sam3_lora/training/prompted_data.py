@@ -25,7 +25,7 @@ class PromptedCoco(COCO_FROM_JSON):
 
     In training it draws from Python's random state at each item, which the trainer seeds by seed, epoch and image. Else
     each image is asked every class by its one prompt, so that metrics compare from epoch to epoch, and nothing that has no
-    category.
+    category. With ``verified`` it asks no phrase before it has the answers of the base, which ``LoraTrainer`` gets for it.
 
     Args:
         annotation_file: COCO JSON.
@@ -102,10 +102,8 @@ class PromptedCoco(COCO_FROM_JSON):
     def _scores(self, idx: int) -> dict[Asked, float] | None:
         if self.settings.negatives != "verified":
             return None
-        if self._presence is None:  # never taken for "nothing is there"
-            raise DataError(
-                "prompts.negatives: verified needs the base's answers, which LoraTrainer gets; none are here"
-            )
+        if self._presence is None:
+            return {}
         row = self._presence[idx]
         return {
             asked: float(row[column]) for asked, column in self._columns.items() if not np.isnan(row[column])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
 import random
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,27 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic, write_text_atomic
-from sam3_lora.renamed import seed_block_problems
+from sam3_lora.training.asked import given_prompts, most_prompts, prompts_and_images, verify_training_data
+from sam3_lora.training.effective import ineffective_in_file, unknown_keywords
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
 from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
-from sam3_lora.training.precision import AUTO, chosen_amp
-from sam3_lora.training.presence import Base, OnAsked, verify_negatives
+from sam3_lora.training.precision import resolved_amp
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
-from sam3_lora.training.prompted_data import PromptedCoco
 
 provide_triton()
 
 from sam3.eval.coco_writer import PredictionDumper  # noqa: E402
-from sam3.train.trainer import unwrap_ddp_if_wrapped  # noqa: E402
+from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
 
 #: Our name of a metric -> the official trainer's. ``valid`` is the dict_key of the validation batches.
 METRICS = {
@@ -49,8 +45,6 @@ METRICS = {
 #: Beside the dumps of the last validation: those of the validation after which the best adapter was saved.
 BEST_DUMPS = "best"
 
-
-_SECONDS_BETWEEN_REPORTS = 10.0
 
 # Parts of the official trainer's config that decide the result.
 _COMPARED_ON_RESUME = ("model", "data", "loss", "max_epochs", "val_epoch_freq", "gradient_accumulation_steps")
@@ -80,7 +74,8 @@ class LoraTrainer(InterruptibleTrainer):
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
         save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
-        lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
+        composed: The file in which the official script has left the whole config, where there is one: a name in it that
+            has no effect is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer`.
     """
 
@@ -92,7 +87,7 @@ class LoraTrainer(InterruptibleTrainer):
         adapter_freq: int = 1,
         save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
-        lora: Mapping[str, Any] | None = None,
+        composed: str | None = None,
         accelerator: str = "auto",
         seed_value: int = 0,
         optim: Mapping[str, Any] | None = None,
@@ -109,14 +104,17 @@ class LoraTrainer(InterruptibleTrainer):
         self._adapter_freq = adapter_freq
         self._seed = seed_value
         with _own_errors_reported(self._logs):
-            optim = _resolve_amp(optim)
+            optim = resolved_amp(optim)
             self._settings = {
                 "seed": seed_value,
                 "optim": optim,
                 **{name: official.get(name) for name in _COMPARED_ON_RESUME},
             }
-            if lora is not None:
-                raise ConfigError(as_report(seed_block_problems(lora)))
+            if problems := [
+                *unknown_keywords(official, (LoraTrainer, InterruptibleTrainer, Trainer)),
+                *ineffective_in_file(composed),
+            ]:
+                raise ConfigError(as_report(problems))
             if best_metric is not None and best_metric not in METRICS:
                 raise ConfigError(
                     f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
@@ -212,13 +210,13 @@ class LoraTrainer(InterruptibleTrainer):
         )
         on_cuda = self.device.type == "cuda" and self.mode != "val"
         self._memory_check: MemoryCheck | None = memory_check(self.model_conf) if on_cuda else None
-        self._prompts, images = _prompts_and_images(self.data_conf)
+        self._prompts, images = prompts_and_images(self.data_conf)
         self._about_run: dict[str, Any] = {
             "images": images,
             "seed": self._seed,
             "best_metric": self._best_metric,
         }
-        if names := _names(self.data_conf):
+        if names := given_prompts(self.data_conf):
             self._about_run["prompt_of"] = names
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
@@ -234,11 +232,11 @@ class LoraTrainer(InterruptibleTrainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
-        self._verify_negatives()
+        verify_training_data(self, self._report)
         settings = (
             {}
             if self.train_dataset is None
-            else in_force(self, self._about_run["images"], self._most_prompts())
+            else in_force(self, self._about_run["images"], most_prompts(self, len(self._prompts)))
         )
         for name, line in settings.items():
             logging.info(f"{name}: {line}")
@@ -251,45 +249,6 @@ class LoraTrainer(InterruptibleTrainer):
             total_parameters=count.total,
             settings=settings,
         )
-
-    def _prompted(self) -> tuple[Any, PromptedCoco] | None:
-        """Return the dataset of training images and its loader, if that is ours."""
-        dataset = getattr(getattr(self.train_dataset, "dataset", None), "dataset", None)
-        loader = getattr(dataset, "coco", None)
-        return (dataset, loader) if isinstance(loader, PromptedCoco) else None
-
-    def _most_prompts(self) -> int:
-        prompted = self._prompted()
-        return prompted[1].most_prompts() if prompted else len(self._prompts)
-
-    def _verify_negatives(self) -> None:
-        """Let the base say which negatives are not to be seen in which training image, where the config asks for it."""
-        prompted = self._prompted()
-        if prompted is None or prompted[1].settings.negatives != "verified":
-            return
-        dataset, loader = prompted
-        base = Base(self.model_conf["base"], self.device, self.model_conf.get("quantization"))
-        verify_negatives(
-            loader,
-            Path(dataset.root),
-            base,
-            rank=self.distributed_rank,
-            processes=torch.distributed.get_world_size(),
-            together=torch.distributed.barrier,
-            on_asked=self._report_asked(),
-        )
-
-    def _report_asked(self) -> OnAsked:
-        last = time.monotonic()
-
-        def report(done: int, images: int) -> None:
-            nonlocal last
-            if done == images or time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
-                last = time.monotonic()
-                logging.info(f"Verified negatives: {done} of {images} images")
-                self._report("verifying", done=done, images=images)
-
-        return report
 
     def _run_step(
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
@@ -358,29 +317,3 @@ def _own_errors_reported(logs: Path) -> Iterator[None]:
             logs.mkdir(parents=True, exist_ok=True)
             append_event(logs, "error", message=str(cause))
         raise
-
-
-def _prompts_and_images(data: Any) -> tuple[list[str], int]:
-    """Return the prompts of the training data, and the number of its images."""
-    annotation_file = OmegaConf.select(OmegaConf.create(data), "train.dataset.ann_file")
-    if annotation_file is None:  # a dataset of another kind
-        return [], 0
-    document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
-    names = _names(data)
-    categories = [category["name"] for category in document["categories"]]
-    return [names.get(category, category) for category in categories], len(document["images"])
-
-
-def _names(data: Any) -> dict[str, str]:
-    """Return the prompts of the classes that are asked by another one than their name."""
-    names = OmegaConf.select(OmegaConf.create(data), "train.dataset.coco_json_loader.prompts.names")
-    return {} if names is None else {str(name): str(prompt) for name, prompt in names.items()}
-
-
-def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if optim is None:
-        return None
-    optim = dict(optim)
-    amp = dict(optim.get("amp") or {})
-    enabled, dtype = chosen_amp(amp.get("enabled", False), amp.get("amp_dtype", AUTO))
-    return {**optim, "amp": {**amp, "enabled": enabled, "amp_dtype": dtype}}
