@@ -57,7 +57,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     run = run_yaml(settings)
     given = OmegaConf.create(run)
     check_run_data(settings.data, given.training)
-    check_prompts(settings.data, given.training, given.get("prompts") or {})
+    check_prompts(settings.data, given.training, OmegaConf.select(given, "prompts") or {})
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE
