@@ -233,6 +233,7 @@ def prepared(config: Config) -> bool:
     return config.trainer is not None and Path(config.config.paths.dataset_root, "../drawn").is_dir()
 
 
+VERIFIED = {"prompts.negatives": "verified"}
 SLURM = {"submitit.use_cluster": True}
 
 ROWS: dict[str, Row] = {
@@ -287,9 +288,9 @@ ROWS: dict[str, Row] = {
     "prompts.synonyms": Row({"purple cross": ["plus sign", "addition mark"]}, asked),
     "prompts.templates": Row(["a {}"], asked),
     "prompts.phrases": Row("{tmp}/phrases.txt", asked, {"prompts.negatives": "list"}),
-    "prompts.candidates": Row(3, lambda c: int((~np.isnan(prompted(c)._presence)).sum())),
-    "prompts.absent_below": Row(0.1, absent),
-    "prompts.cache": Row("{tmp}/answers", cached),
+    "prompts.candidates": Row(3, lambda c: int((~np.isnan(prompted(c)._presence)).sum()), VERIFIED),
+    "prompts.absent_below": Row(0.1, absent, VERIFIED),
+    "prompts.cache": Row("{tmp}/answers", cached, VERIFIED),
     "memory.eval_frozen": Row(False, anatomy),
     "memory.bf16_base": Row(True, anatomy, {"training.amp_enabled": True}),
     "memory.segmentation_chunk": Row(None, anatomy),

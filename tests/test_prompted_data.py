@@ -140,6 +140,19 @@ def test_validation_gives_what_the_official_loader_gives(dataset):
         )
 
 
+def test_classes_without_a_cap_are_what_the_official_loader_asks_in_training(tmp_path):
+    from sam3.train.data.coco_json_loaders import COCO_FROM_JSON
+
+    write_coco(tmp_path, DEMO_CONCEPTS, 6, seed=1)
+    file = str(tmp_path / ANNOTATION_FILE)
+    ours = PromptedCoco(file, {"negatives": "classes", "max_prompts_per_image": None})
+    official = COCO_FROM_JSON(file)
+    for index in official.getDatapointIds():
+        assert repr(ours.loadQueriesAndAnnotationsFromDatapoint(index)) == repr(
+            official.loadQueriesAndAnnotationsFromDatapoint(index)
+        )
+
+
 def test_a_class_that_the_dataset_lacks_is_an_error(dataset):
     with pytest.raises(ConfigError, match=r"no class 'purple crss'; did you mean 'purple cross'\?"):
         PromptedCoco(str(dataset / "train" / ANNOTATION_FILE), {"names": {"purple crss": "x"}})
