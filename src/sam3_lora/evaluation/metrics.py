@@ -198,7 +198,7 @@ def pair_scores(
     """
     asked = [
         (number, texts[start : start + MAX_PROMPTS])
-        for number, texts in enumerate(prompts)
+        for number, (_, texts) in enumerate(zip(images, prompts, strict=True))
         for start in range(0, len(texts), MAX_PROMPTS)
     ]
     transform = official_transforms(resolution)
