@@ -27,6 +27,7 @@ from sam3_lora.adapter import adapted_modules, count_parameters, get_peft_sam3, 
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.training.composition import GROUPS, common_defaults, shipped_config
+from sam3_lora.training.in_force import learning_rates
 from sam3_lora.training.overrides import choices
 from sam3_lora.training.trainer import LoraTrainer
 
@@ -413,6 +414,30 @@ def test_what_is_observed_does_not_differ_by_itself(make_config):
         launch,
     ):
         assert observe(one) == observe(other)
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        ({}, {"Learning rate": "0.003 to 8.8e-05, AdamW, weight decay 0.0001, 136 tensors"}),
+        (
+            {"schedule": "constant", "training.lr_scale": 0.5, "training.lr_language_backbone": 1e-4},
+            {
+                "Learning rate": "0.0015, AdamW, weight decay 0.0001, 120 tensors",
+                "Learning rate of the text encoder": "5e-05, AdamW, weight decay 0.0001, 16 tensors",
+            },
+        ),
+        (
+            {"schedule": "inverse_square_root", "training.warmup_steps": 2, "training.cooldown_steps": 2},
+            {
+                "Learning rate": "0, 0.0028 in the middle, 0.00129 at the end, AdamW, weight decay 0.0001, 136 tensors"
+            },
+        ),
+    ],
+    ids=["all parts alike", "one apart", "up and down"],
+)
+def test_the_rates_in_force_are_a_line_for_each_that_differs(make_config, keys, lines):
+    assert learning_rates(make_config(keys).trainer, steps=10) == lines
 
 
 CHOICES: dict[tuple[str, str], Observable] = {

@@ -12,6 +12,7 @@ from sam3_lora.data.phrases import (
 )
 from sam3_lora.data.shapes import SHAPES
 from sam3_lora.errors import DataError
+from sam3_lora.evaluation.probe import shipped_phrases
 
 
 def test_no_word_of_the_held_out_phrases_is_asked_in_training():
@@ -54,3 +55,8 @@ def test_a_file_without_phrases_is_one_clear_error(content, problem, tmp_path):
         file.write_bytes(content)
     with pytest.raises(DataError, match=problem):
         read_phrases(file)
+
+
+def test_no_word_of_the_guard_s_probe_is_asked_in_training():
+    asked = {word for phrase in negative_phrases() for word in words_of(phrase)}
+    assert not asked & {word for phrase in shipped_phrases() for word in words_of(phrase)}

@@ -23,7 +23,14 @@ from sam3_lora.output import check_output, claim_output, mark_finished, write_te
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 from sam3_lora.training.relay import SignalRelay, stopped_run
-from sam3_lora.training.settings import RUN_FILE_HEADER, TrainSettings, check_settings, run_choices, run_yaml
+from sam3_lora.training.settings import (
+    RUN_FILE_HEADER,
+    TrainSettings,
+    absolute_value,
+    check_settings,
+    run_choices,
+    run_yaml,
+)
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
 from sam3_lora.training.splits import check_prompts, check_run_data
 
@@ -83,7 +90,7 @@ def resume(
     expected = {"paths.experiment_log_dir": str(output.resolve()), **expected}
     changed = [
         f"{key}: the run has {before!r}, asked for {now!r}"
-        for key, now in expected.items()
+        for key, now in ((key, absolute_value(key, value)) for key, value in expected.items())
         if (before := chosen[key] if key in chosen else OmegaConf.select(known, key.removeprefix("+"))) != now
     ]
     if changed:

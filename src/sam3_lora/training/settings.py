@@ -137,7 +137,7 @@ def _disagreements(settings: TrainSettings) -> list[str]:
     problems = []
     for name, key in SETTING_KEYS.items():
         setting = getattr(settings, name)
-        other = _absolute(key, settings.config[key]) if key in settings.config else None
+        other = absolute_value(key, settings.config[key]) if key in settings.config else None
         known = str(setting.resolve()) if isinstance(setting, Path) else setting
         if key in settings.config and known is not None and other != known:
             problems.append(
@@ -178,7 +178,7 @@ def run_yaml(settings: TrainSettings) -> str:
         }
     )
     for name, value in values_of(settings.config).items():
-        OmegaConf.update(run, name, _absolute(name, value), force_add=True)
+        OmegaConf.update(run, name, absolute_value(name, value), force_add=True)
     layers: list[Any] = [f"/sam3_lora/{settings.preset}"]
     if settings.base == "tiny":
         layers.append("/sam3_lora/tiny")
@@ -187,8 +187,8 @@ def run_yaml(settings: TrainSettings) -> str:
     return _as_run_file(layers, run)
 
 
-def _absolute(key: str, value: Any) -> Any:
-    """Return the value of a config key; a path independent of the working folder."""
+def absolute_value(key: str, value: Any) -> Any:
+    """Return the value of a config key, made independent of the working folder if it is a path."""
     is_path = key in _PATHS and value is not None and not str(value).startswith("${")
     return str(Path(value).expanduser().resolve()) if is_path else value
 
