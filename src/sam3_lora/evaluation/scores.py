@@ -43,7 +43,8 @@ _CONFIDENT = (
 class Scores:
     """What a model reaches on a split or on one class of it, each 0 to 1 (``IL_MCC`` and ``cgF1`` from -1).
 
-    All are ``None`` for a class without objects, where none of them is defined.
+    All are ``None`` for a class without objects, where none of them is defined. Without masks, in the annotations or of
+    the model, those of ``segm`` are ``None``, and mean IoU and cgF1 are of the boxes.
 
     Attributes:
         bbox_AP50: Average precision of the boxes at IoU 0.50. ``bbox_AP75``: at 0.75. ``bbox_AP``: over 0.50 to 0.95.
@@ -114,10 +115,11 @@ def score_predictions(annotation_file: Path, predictions: Sequence[CocoResult]) 
     truth = read_truth(annotation_file)
     names = {key: truth.cats[key]["name"] for key in sorted(truth.cats)}
     columns: dict[str, _Column] = {}
-    for iou_type in IOU_TYPES:
+    compared: tuple[IouType, ...] = IOU_TYPES if has_masks(truth, predictions) else ("bbox",)
+    for iou_type in compared:
         columns |= _average_precision(coco_eval(truth, predictions, iou_type), iou_type)
     columns["mean_IoU"] = _mean_iou(truth, predictions)
-    split, classes = _cgf1_of_all_and_each(annotation_file, predictions, "segm")
+    split, classes = _cgf1_of_all_and_each(annotation_file, predictions, compared[-1])
     for name in ("cgF1", "IL_MCC", "positive_micro_F1"):
         columns[name] = _Column(split[name], {key: values[name] for key, values in classes.items()})
     with_objects = {a["category_id"] for a in truth.anns.values() if not a.get("iscrowd", 0)}
@@ -129,6 +131,12 @@ def score_predictions(annotation_file: Path, predictions: Sequence[CocoResult]) 
         for category, name in names.items()
     }
     return ModelEvaluation(overall, per_class, predictions)
+
+
+def has_masks(truth: COCO, predictions: Iterable[CocoResult]) -> bool:
+    """Return whether both sides have masks to compare; a dataset and a model may have boxes only."""
+    objects = truth.anns.values()
+    return all(entry.get("segmentation") for entries in (objects, predictions) for entry in entries)
 
 
 def coco_eval(truth: COCO, predictions: Iterable[CocoResult], iou_type: IouType) -> COCOeval:

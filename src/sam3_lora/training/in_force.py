@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sam3_lora.adapter import adapted_modules, count_parameters
+from sam3_lora.training.accumulation import AccumulatedLoss
 
 
 def in_force(trainer: Any, images: int, prompts: int) -> dict[str, str]:
@@ -31,7 +32,35 @@ def in_force(trainer: Any, images: int, prompts: int) -> dict[str, str]:
         facts["Data"] = (
             f"{_counted(images, 'image')}, {_counted(images // step, 'step')} an epoch, {_counted(prompts, 'prompt')} an image"
         )
-    return facts | _learning_rates(trainer.optim)
+    return facts | {"Losses": _losses(trainer), "Monitor": _monitor(trainer)} | _learning_rates(trainer.optim)
+
+
+def _losses(trainer: Any) -> str:
+    loss = trainer.loss["all"]
+    terms = [*getattr(loss, "loss_fns_find", []), getattr(loss, "loss_fn_semantic_seg", None)]
+    weights = {name: weight for term in terms for name, weight in getattr(term, "weight_dict", {}).items()}
+    line = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
+    if trainer.gradient_accumulation_steps > 1 and not isinstance(loss, AccumulatedLoss):
+        line += "; each forward pass by its own counts: accumulation is not the big batch"
+    norm = getattr(trainer.gradient_clipper, "max_norm", None)
+    return line + ("; gradients not clipped" if norm is None else f"; gradient norm clipped to {norm:g}")
+
+
+def _monitor(trainer: Any) -> str:
+    every = trainer.val_epoch_freq
+    if trainer.mode == "train_only" or trainer.best_metric is None:
+        line = "no best adapter is kept"
+    else:
+        line = f"{trainer.best_metric} decides adapters/best, validated "
+        line += "after every epoch" if every == 1 else f"after epochs 1, {1 + every}, ... and the last"
+    patience, decay = trainer.early_stopping_patience, trainer.ema_decay
+    stop = (
+        "no early stopping"
+        if patience is None
+        else f"stops after {_counted(patience, 'validation')} without a rise"
+    )
+    average = "no average of the weights" if decay is None else f"weights averaged with decay {decay:g}"
+    return f"{line}; {stop}; {average}"
 
 
 def _precision(device: torch.device, amp: Any) -> str:

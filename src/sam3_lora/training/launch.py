@@ -30,6 +30,8 @@ from sam3_lora.training.signals import stop_signals_held, stop_signals_to
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
 
+_SEGMENTATION = "training.enable_segmentation"
+
 
 class TrainingError(Sam3LoraError):
     """The official training script ended with an error."""
@@ -38,7 +40,7 @@ class TrainingError(Sam3LoraError):
 @dataclass(frozen=True)
 class TrainResult:
     """What a run left: its folder, its best adapter with the base it is for and its metrics on ``valid/``, parameter
-    counts, and the report if one was made."""
+    counts, the report if one was made, and the epoch after which it stopped early if it did."""
 
     output: Path
     adapter: Path
@@ -47,6 +49,7 @@ class TrainResult:
     trainable_parameters: int
     total_parameters: int
     report: Path | None = None
+    stopped_early: int | None = None
 
 
 def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
@@ -54,7 +57,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_settings(settings)
     check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
-    check_dataset(settings.data)
+    check_dataset(settings.data, masks=_with_masks(settings.config.get(_SEGMENTATION)))
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE
@@ -83,12 +86,18 @@ def resume(
     ]
     if changed:
         raise ConfigError(f"{output} was started with other settings: {as_report(changed)}")
-    check_dataset(Path(started_with.paths.dataset_root))
+    check_dataset(
+        Path(started_with.paths.dataset_root), masks=_with_masks(OmegaConf.select(known, _SEGMENTATION))
+    )
     find_checkpoint(started_with.base.name)
     if save_every is not None:
         OmegaConf.update(started_with, "training.save_every_steps", save_every)
         write_text_atomic(run_file, RUN_FILE_HEADER + OmegaConf.to_yaml(started_with))
     return _run_to_the_end(run_file, started_with.launcher.gpus_per_node, on_progress)
+
+
+def _with_masks(enable_segmentation: Any) -> bool:
+    return enable_segmentation is not False  # true where nothing is said
 
 
 def _run_to_the_end(run_file: Path, num_gpus: int, on_progress: OnProgress | None) -> TrainResult:
@@ -162,6 +171,7 @@ def _result(output: Path, progress: ProgressReader) -> TrainResult:
         metrics={name: value for name, value in metrics.items() if isinstance(value, float)},
         trainable_parameters=progress.start["trainable_parameters"],
         total_parameters=progress.start["total_parameters"],
+        stopped_early=progress.stopped_early,
     )
 
 

@@ -15,6 +15,7 @@ from sam3_lora.errors import ConfigError, as_report, did_you_mean
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.image_settings import image_problems
+from sam3_lora.training.monitor import monitor_problems
 
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
@@ -89,7 +90,7 @@ def check_settings(settings: TrainSettings) -> None:
     problems = [
         problem for key, value in settings.config.items() for problem in _config_problem(key, value, known)
     ]
-    problems += image_problems(settings.config, settings.base)
+    problems += image_problems(settings.config, settings.base) + monitor_problems(settings.config)
     if problems:
         raise ConfigError(as_report(problems))
     if settings.overrides:
