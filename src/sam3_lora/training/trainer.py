@@ -70,6 +70,7 @@ class LoraTrainer(MonitoredTrainer):
     Args:
         adapter_dir: Where the adapter folders go.
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
+        save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
         lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer` and of the classes above.
@@ -80,6 +81,7 @@ class LoraTrainer(MonitoredTrainer):
         *,
         adapter_dir: str,
         adapter_freq: int = 1,
+        save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
         accelerator: str = "auto",
@@ -108,7 +110,13 @@ class LoraTrainer(MonitoredTrainer):
                 raise ConfigError(as_report(seed_block_problems(lora)))
             if prepare is not None:
                 instantiate(prepare)
-            super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
+            super().__init__(
+                accelerator=accelerator,
+                seed_value=seed_value,
+                optim=optim,
+                skip_saving_ckpts=not save_checkpoints,
+                **official,
+            )
 
     def run(self) -> None:
         with _own_errors_reported(self._logs):
@@ -130,7 +138,7 @@ class LoraTrainer(MonitoredTrainer):
         return result
 
     def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
-        if checkpoint_names is None and not self.skip_saving_ckpts:
+        if checkpoint_names is None:
             names = ["last"]
             if self._adapter_freq and int(epoch) % self._adapter_freq == 0:
                 names.append(f"epoch_{int(epoch)}")
@@ -168,8 +176,7 @@ class LoraTrainer(MonitoredTrainer):
         return self._seed
 
     def _save_last_adapter(self, done: int) -> None:
-        if not self.skip_saving_ckpts:
-            self._save_adapters(["last"], steps_of_epoch=done)
+        self._save_adapters(["last"], steps_of_epoch=done)
 
     def _save_adapters(
         self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
