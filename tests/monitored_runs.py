@@ -133,7 +133,7 @@ def main():
     runs["averaged, stopped"] = run(root / "stopped", **averaged)
     runs["averaged, resumed"] = run(root / "stopped", **averaged)
 
-    still = {"max_epochs": 6, "lr": 0.0, "final_lr": 0.0, "val_epoch_freq": 2, "early_stopping_patience": 1}
+    still = {"max_epochs": 6, "lr": 0.0, "val_epoch_freq": 2, "early_stopping_patience": 1}
     runs["stopped early"] = run(root / "early", **still, ema_decay=0.9)
     runs["stopped early, again"] = run(root / "early", **still, ema_decay=0.9)
     runs["to the end"] = run(root / "end", max_epochs=2, val_epoch_freq=5, enable_segmentation=False)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import PRETRAINING_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError
+from sam3_lora.training.in_force import image_features
 from sam3_lora.training.monitor import METRICS, chosen_metric, monitor_problems
 from sam3_lora.training.settings import TrainSettings, check_settings
+
+from sam3.train.data.coco_json_loaders import COCO_FROM_JSON  # isort: skip  (ours stand in for triton)
 
 TRAIN_IMAGES, VALID_IMAGES, PROMPTS = 4, 2, 3
 
@@ -114,6 +118,18 @@ def test_an_image_passes_the_vision_encoder_once_for_all_of_its_prompts(runs):
     run = runs["to the end"]
     assert run["trunk_images"] == {"train": 2 * TRAIN_IMAGES, "val": 2 * VALID_IMAGES}
     assert run["asked_prompts"] == {name: PROMPTS * images for name, images in run["trunk_images"].items()}
+
+
+@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (PROMPTS, 1), (2, 2), (1, 3)])
+def test_a_run_says_when_prompts_in_chunks_repeat_the_vision_encoder(chunk, passes, tmp_path):
+    write_coco(tmp_path, PRETRAINING_CONCEPTS[:PROMPTS], 1, seed=1)
+    loader = COCO_FROM_JSON(str(tmp_path / ANNOTATION_FILE), category_chunk_size=chunk)
+    assert len(loader.getDatapointIds()) == passes  # each is a pass of the one image
+    said = image_features({"val": {"dataset": {"coco_json_loader": {"category_chunk_size": chunk}}}}, PROMPTS)
+    expected = (
+        f"val: {passes} times an image, category_chunk_size is {chunk}" if passes > 1 else "once an image"
+    )
+    assert said.startswith(expected)
 
 
 def test_boxes_alone_have_no_metrics_and_no_losses_of_masks(runs):

@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
-from sam3_lora.errors import ConfigError, as_report, did_you_mean
+from sam3_lora.errors import ConfigError, TargetError, as_report, did_you_mean
 from sam3_lora.presets import get_preset
 from sam3_lora.renamed import RENAMED_KEYS, seed_block_problems
 from sam3_lora.training.composition import shipped_config
 from sam3_lora.training.image_settings import image_problems
-from sam3_lora.training.monitor import monitor_problems
+from sam3_lora.training.monitor import NO_HEAD, monitor_problems
 from sam3_lora.training.splits import SPLIT_KEYS
 
 RUN_FILE_HEADER = (
@@ -94,7 +94,8 @@ def check_settings(settings: TrainSettings) -> None:
     problems += image_problems(settings.config, settings.base) + monitor_problems(settings.config)
     if problems:
         raise ConfigError(as_report(problems))
-    if settings.overrides:
+    masks = settings.config.get("training.enable_segmentation", True)
+    if settings.overrides or not masks:
         # Only the injection itself knows which modules they would name; shapes are enough for it.
         from sam3_lora.adapter import get_peft_sam3
         from sam3_lora.adapter.starting import start_problems, without_data_start
@@ -105,7 +106,12 @@ def check_settings(settings: TrainSettings) -> None:
         init, data = settings.overrides.get("init_lora_weights"), settings.config.get("adapter.init_data")
         if problems := start_problems(init, from_data=data is not None):
             raise ConfigError(as_report(problems))
-        get_peft_sam3(model, settings.preset, **without_data_start(settings.overrides))
+        if not masks:
+            model.segmentation_head = None
+        try:
+            get_peft_sam3(model, settings.preset, **without_data_start(settings.overrides))
+        except TargetError as error:
+            raise error if masks else TargetError(f"{error}. {NO_HEAD}") from error
 
 
 def _known_config(preset: str) -> Any:
