@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accumulated_step import make, worst_difference
+from accumulated_step import make, overall, worst_difference
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -32,9 +32,7 @@ def main():
     own = points[rank::2]  # 0 and 2 objects, or 1 and 4
     one = gradients(model, loss, [collate(own)["all"]])
     two = gradients(model, loss, [collate([point])["all"] for point in own])
-    whole = [torch.cat([tensor.flatten() for tensor in side.values()]) for side in (two, one)]
-    difference = float((whole[0] - whole[1]).norm() / whole[1].norm())
-    print(json.dumps({"whole": difference, "worst": worst_difference(two, one)}))
+    print(json.dumps({"whole": overall(two, one), "worst": worst_difference(two, one)}))
 
 
 if __name__ == "__main__":

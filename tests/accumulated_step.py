@@ -1,6 +1,10 @@
-"""A batch in one forward pass and in several, on the tiny model without noise, with the losses of our configs."""
+"""A batch in one forward pass and in several, on the tiny model without noise, with the losses of our configs.
+
+python tests/accumulated_step.py prints how far they are apart.
+"""
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -86,3 +90,30 @@ def worst_difference(found, expected):
         for name, gradient in expected.items()
         if gradient.norm() > 1e-6 * biggest  # the rest is rounding, as of a bias that softmax does not see
     )
+
+
+def main() -> None:
+    """Print how far the gradients of several passes are from those of one, with our counts and as officially summed."""
+    model, loss, points, collate = make(write_uneven_images(Path(tempfile.mkdtemp())))
+    _, expected = gradients(model, loss, [collate(points)["all"]])
+    loss.expect([], torch.device("cpu"))
+    for count in (2, 4):
+        passes = [collate(points[start::count])["all"] for start in range(count)]
+        _, summed = gradients(model, loss, passes, whole=False)
+        summed = {name: tensor / count for name, tensor in summed.items()}
+        _, ours = gradients(model, loss, passes)
+        loss.expect([], torch.device("cpu"))
+        for name, found in (("official sum / passes", summed), ("AccumulatedLoss", ours)):
+            print(
+                f"{count} passes, {name}: all {overall(found, expected):.1e}, worst {worst_difference(found, expected):.1e}"
+            )
+
+
+def overall(found, expected):
+    """Return the relative difference of all gradients together."""
+    whole = [torch.cat([tensor.flatten() for tensor in side.values()]) for side in (found, expected)]
+    return float((whole[0] - whole[1]).norm() / whole[1].norm())
+
+
+if __name__ == "__main__":
+    main()
