@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def in_force(trainer: Any, images: int, prompts: int) -> dict[str, str]:
         facts["Data"] = (
             f"{_counted(images, 'image')}, {_counted(images // step, 'step')} an epoch, {_counted(prompts, 'prompt')} an image"
         )
-    rates = _learning_rates(trainer.optim, images // step * trainer.max_epochs)
+    rates = _learning_rates(trainer, images // step * trainer.max_epochs)
     facts["Image features"] = image_features(trainer.data_conf, prompts)
     return facts | {"Losses": _losses(trainer), "Monitor": _monitor(trainer)} | rates
 
@@ -96,10 +97,11 @@ def _precision(device: torch.device, amp: Any) -> str:
     return f"{amp.amp_dtype} autocast on {device.type}{scaled}"
 
 
-def _learning_rates(optim: Any, steps: int) -> dict[str, str]:
+def _learning_rates(trainer: Any, steps: int) -> dict[str, str]:
     """Return the rates of each group of parameters in the first, the middle and the last step, as the schedulers will
     set them. Of 0 steps, whose number is not known, schedules that count them show their first one only."""
-    rates = []
+    optim, rates = trainer.optim, []
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     for where in (1 - 1e-9, 0.5, 0.0):  # below 1, as fvcore wants it; the first step comes first again
         optim.step_schedulers(where, int(where * steps))
         rates.append([group["lr"] for group in optim.optimizer.param_groups])
@@ -111,11 +113,24 @@ def _learning_rates(optim: Any, steps: int) -> dict[str, str]:
         ends = f"{first:g}" if first == middle == last else f"{first:g} to {last:g}"
         if not min(first, last) <= middle <= max(first, last):
             ends = f"{first:g}, {middle:g} in the middle, {last:g} at the end"
-        lines[f"Learning rate {len(lines) + 1}" if lines else "Learning rate"] = (
+        title = "Learning rate" + _common_part({names[p].removeprefix("module.") for p in tensors})
+        lines[f"{title} {len(lines) + 1}" if title in lines else title] = (
             f"{ends}, {type(optim.optimizer).__name__}, weight decay {group['weight_decay']:g}, "
             f"{_counted(len(tensors), 'tensor')}"
         )
     return lines
+
+
+def _common_part(names: Collection[str]) -> str:
+    """Return what the parameters of a group have in common, ready to follow a word."""
+    parts = {
+        " of the vision encoder": "backbone.vision_backbone.",
+        " of the text encoder": "backbone.language_backbone.",
+    }
+    part = next(
+        (text for text, prefix in parts.items() if all(name.startswith(prefix) for name in names)), ""
+    )
+    return part + (", LoRA B" if all(".lora_B." in name for name in names) else "")
 
 
 def _counted(number: int, word: str, plural: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
-from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report
+from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.accumulation import AccumulatedLoss
+from sam3_lora.training.effective import ineffective_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
 from sam3_lora.training.lock import take_lock
@@ -33,7 +35,7 @@ from sam3_lora.training.progress import append_event
 
 provide_triton()
 
-from sam3.train.trainer import unwrap_ddp_if_wrapped  # noqa: E402
+from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
 
 # Parts of the official trainer's config that decide the result.
 _COMPARED_ON_RESUME = (
@@ -73,6 +75,8 @@ class LoraTrainer(MonitoredTrainer):
         save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
         lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
+        composed: The file in which the official script has left the whole config, where there is one: a name in it that
+            has no effect is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer` and of the classes above.
     """
 
@@ -84,6 +88,7 @@ class LoraTrainer(MonitoredTrainer):
         save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
+        composed: str | None = None,
         accelerator: str = "auto",
         seed_value: int = 0,
         optim: Mapping[str, Any] | None = None,
@@ -108,6 +113,8 @@ class LoraTrainer(MonitoredTrainer):
             }
             if lora is not None:
                 raise ConfigError(as_report(seed_block_problems(lora)))
+            if problems := [*_unknown_keywords(official), *_ineffective(composed)]:
+                raise ConfigError(as_report(problems))
             if prepare is not None:
                 instantiate(prepare)
             super().__init__(
@@ -295,6 +302,28 @@ def _prompts_and_images(data: Any) -> tuple[list[str], int]:
         return [], 0
     document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
     return [category["name"] for category in document["categories"]], len(document["images"])
+
+
+def _unknown_keywords(official: Mapping[str, Any]) -> list[str]:
+    """Return a text for each key below ``trainer`` that neither this trainer nor the official one has."""
+    known = [
+        name
+        for trainer in LoraTrainer.__mro__[: LoraTrainer.__mro__.index(Trainer) + 1]
+        for name, parameter in inspect.signature(trainer.__init__).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
+    ]
+    return [
+        f"trainer.{name}: the trainer has no such key{did_you_mean(name, known)}"
+        for name in official
+        if name not in known
+    ]
+
+
+def _ineffective(composed: str | None) -> list[str]:
+    if composed is None or not Path(composed).is_file():
+        return []
+    config = OmegaConf.load(composed)
+    return ineffective_problems(config) if isinstance(config, DictConfig) else []
 
 
 def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
