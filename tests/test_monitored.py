@@ -11,6 +11,7 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import PRETRAINING_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError
 from sam3_lora.training.in_force import image_features
+from sam3_lora.training.launch import resume, train
 from sam3_lora.training.monitor import METRICS, chosen_metric, monitor_problems
 from sam3_lora.training.settings import TrainSettings, check_settings
 
@@ -188,3 +189,26 @@ def test_all_wrong_settings_of_the_monitor_are_reported_at_once():
 def test_auto_is_the_precision_of_masks_or_else_of_boxes():
     assert (chosen_metric("auto", masks=True), chosen_metric("auto", masks=False)) == ("segm_AP", "bbox_AP")
     assert all(chosen_metric(name, masks=True) == name for name in METRICS)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_early_together(tmp_path):
+    for split, count in (("train", 4), ("valid", 2)):
+        write_coco(tmp_path / "data" / split, PRETRAINING_CONCEPTS[:PROMPTS], count, seed=1)
+    settings = TrainSettings(
+        data=tmp_path / "data",
+        output=tmp_path / "run",
+        base="tiny",
+        preset="minimal",
+        max_epochs=4,
+        batch_size=1,
+        num_gpus=2,
+        config={
+            "training.lr": 0.0,
+            "training.gradient_accumulation_steps": 2,
+            "training.ema_decay": 0.9,
+            "training.early_stopping_patience": 1,
+        },
+    )
+    assert train(settings).stopped_early == 2
+    assert resume(settings.output).stopped_early == 2
