@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,6 +48,29 @@ def ineffective_problems(config: DictConfig) -> list[str]:
                 )
                 problems.append(f"{dotted}: nothing reads this key{hint}")
     return problems
+
+
+def ineffective_in_file(composed: str | Path | None) -> list[str]:
+    """Return the problems of the config in a file of the official script; none where there is no such file."""
+    if composed is None or not Path(composed).is_file():
+        return []
+    config = OmegaConf.load(composed)
+    return ineffective_problems(config) if isinstance(config, DictConfig) else []
+
+
+def unknown_keywords(keywords: Iterable[str], trainers: Iterable[type]) -> list[str]:
+    """Return a text for each key below ``trainer`` that none of these classes takes."""
+    known = [
+        name
+        for trainer in trainers
+        for name, parameter in inspect.signature(trainer.__init__).parameters.items()  # type: ignore[misc]
+        if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
+    ]
+    return [
+        f"trainer.{name}: the trainer has no such key{did_you_mean(name, known)}"
+        for name in keywords
+        if name not in known
+    ]
 
 
 def _has_effect(name: str, known: Collection[str], referred: set[str], dotted: str = "") -> bool:

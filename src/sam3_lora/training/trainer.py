@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -16,21 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
-from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
-from sam3_lora.renamed import seed_block_problems
+from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report
 from sam3_lora.training.accumulation import AccumulatedLoss
-from sam3_lora.training.effective import ineffective_problems
+from sam3_lora.training.effective import ineffective_in_file, unknown_keywords
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
 from sam3_lora.training.monitor import METRICS as METRICS
 from sam3_lora.training.monitored import MonitoredTrainer
-from sam3_lora.training.precision import AUTO, chosen_amp
+from sam3_lora.training.precision import resolved_amp
 from sam3_lora.training.progress import append_event
 
 provide_triton()
@@ -74,7 +72,6 @@ class LoraTrainer(MonitoredTrainer):
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
         save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
-        lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
         composed: The file in which the official script has left the whole config, where there is one: a name in it that
             has no effect is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer` and of the classes above.
@@ -87,7 +84,6 @@ class LoraTrainer(MonitoredTrainer):
         adapter_freq: int = 1,
         save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
-        lora: Mapping[str, Any] | None = None,
         composed: str | None = None,
         accelerator: str = "auto",
         seed_value: int = 0,
@@ -105,15 +101,16 @@ class LoraTrainer(MonitoredTrainer):
         self._adapter_freq = adapter_freq
         self._seed = seed_value
         with _own_errors_reported(self._logs):
-            optim = _resolve_amp(optim)
+            optim = resolved_amp(optim)
             self._settings = {
                 "seed": seed_value,
                 "optim": optim,
                 **{name: official.get(name) for name in _COMPARED_ON_RESUME},
             }
-            if lora is not None:
-                raise ConfigError(as_report(seed_block_problems(lora)))
-            if problems := [*_unknown_keywords(official), *_ineffective(composed)]:
+            if problems := [
+                *unknown_keywords(official, LoraTrainer.__mro__[: LoraTrainer.__mro__.index(Trainer) + 1]),
+                *ineffective_in_file(composed),
+            ]:
                 raise ConfigError(as_report(problems))
             if prepare is not None:
                 instantiate(prepare)
@@ -302,34 +299,3 @@ def _prompts_and_images(data: Any) -> tuple[list[str], int]:
         return [], 0
     document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
     return [category["name"] for category in document["categories"]], len(document["images"])
-
-
-def _unknown_keywords(official: Mapping[str, Any]) -> list[str]:
-    """Return a text for each key below ``trainer`` that neither this trainer nor the official one has."""
-    known = [
-        name
-        for trainer in LoraTrainer.__mro__[: LoraTrainer.__mro__.index(Trainer) + 1]
-        for name, parameter in inspect.signature(trainer.__init__).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
-    ]
-    return [
-        f"trainer.{name}: the trainer has no such key{did_you_mean(name, known)}"
-        for name in official
-        if name not in known
-    ]
-
-
-def _ineffective(composed: str | None) -> list[str]:
-    if composed is None or not Path(composed).is_file():
-        return []
-    config = OmegaConf.load(composed)
-    return ineffective_problems(config) if isinstance(config, DictConfig) else []
-
-
-def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if optim is None:
-        return None
-    optim = dict(optim)
-    amp = dict(optim.get("amp") or {})
-    enabled, dtype = chosen_amp(amp.get("enabled", False), amp.get("amp_dtype", AUTO))
-    return {**optim, "amp": {**amp, "enabled": enabled, "amp_dtype": dtype}}
