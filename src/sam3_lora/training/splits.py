@@ -30,14 +30,16 @@ def check_run_data(dataset: Path, training: Mapping[str, Any]) -> None:
 
     Args:
         dataset: ``paths.dataset_root``.
-        training: Those of :data:`SPLIT_KEYS` that are not at their usual place in it, and any other keys.
+        training: Those of :data:`SPLIT_KEYS` that are not at their usual place in it, ``enable_segmentation``, and any
+            other keys.
 
     Raises:
         DataError: With all problems at once.
     """
     elsewhere = {key: training[key] for key in SPLIT_KEYS if key in training}
+    masks = training.get("enable_segmentation") is not False  # true where nothing is said
     if not elsewhere:
-        check_dataset(dataset)
+        check_dataset(dataset, masks=masks)
         return
     usual = {key: dataset / place for key, place in SPLIT_KEYS.items()}
-    check_splits(split_files({**usual, **elsewhere}))
+    check_splits(split_files({**usual, **elsewhere}), masks=masks)
