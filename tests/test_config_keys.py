@@ -8,7 +8,8 @@ import os
 import random
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -230,6 +231,48 @@ def launch(config: Config) -> list[Any]:
     return started
 
 
+def of_masks(config: Config) -> Any:
+    """What there is of masks: the head, the terms of the loss, the meters, and the masks of the first image."""
+    objects = config.items()[0].images[0].objects
+    return (
+        config.model.segmentation_head is not None,
+        len(config.loss.terms),
+        sorted(config.trainer.meters["val"]["valid"]),
+        [item.segment is not None for item in objects],
+    )
+
+
+def averaged(config: Config) -> bool:
+    """Whether one step of the optimizer leaves an average that is not the weights themselves."""
+    trainer = config.trainer
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+    parameter.grad = torch.ones_like(parameter)
+    trainer.optim.optimizer.step()
+    with trainer._averaged():
+        seen = parameter.detach().clone()
+    return torch.equal(seen, parameter)
+
+
+def stops_early(config: Config) -> bool:
+    """Whether a second validation without a rise is the last thing that a run does."""
+    trainer = config.trainer
+    trainer._save_adapters = trainer._keep_dumps = lambda *_, **__: None
+    with one_process():
+        for trainer.epoch in (0, 1):
+            trainer._keep_best({"segm_AP": 0.5})
+            trainer._stop_if_no_better()
+    return bool(trainer.max_epochs == 2)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def prepared(config: Config) -> bool:
     return config.trainer is not None and Path(config.config.paths.dataset_root, "../drawn").is_dir()
 
@@ -276,7 +319,10 @@ ROWS: dict[str, Row] = {
     "training.save_checkpoints": Row(False, saved),
     "training.checkpoint_freq": Row(2, saved),
     "training.save_every_steps": Row(1, lambda c: c.trainer._save_every_steps),
-    "training.best_metric": Row("bbox_AP", lambda c: c.trainer._best_metric),
+    "training.enable_segmentation": Row(False, of_masks),
+    "training.best_metric": Row("bbox_AP", of_trainer("best_metric")),
+    "training.ema_decay": Row(0.9, averaged),
+    "training.early_stopping_patience": Row(1, stops_early),
     "training.max_objects": Row(0, queries("train")),
     "training.augment": Row("color", pixels("train")),
     "training.resize": Row("official", pixels("train")),
@@ -308,7 +354,9 @@ ROWS: dict[str, Row] = {
     "submitit.timeout_hour": Row(1, launch, SLURM),
     "submitit.cpus_per_task": Row(2, launch, SLURM),
     "trainer.adapter_dir": Row("{tmp}/adapters", saved),
-    "trainer.best_metric": Row(None, lambda c: c.trainer._best_metric),
+    "trainer.best_metric": Row(None, of_trainer("best_metric")),
+    "trainer.ema_decay": Row(0.9, averaged),
+    "trainer.early_stopping_patience": Row(1, stops_early),
     "trainer.adapter_freq": Row(2, saved),
     "trainer.save_every_steps": Row(7, lambda c: c.trainer._save_every_steps),
     "trainer.save_checkpoints": Row(False, saved),
@@ -325,7 +373,7 @@ def documented() -> list[str]:
     page = PAGE.read_text(encoding="utf-8")
     first_cells = [row.split(" | ")[0] for row in page.splitlines() if row.startswith("| `")]
     keys = [key for cell in first_cells for key in re.findall(r"`([\w.]+)`", cell)]
-    named_things = {"trainer._target_", "trainer.model._target_", "trainer.prepare._target_"}
+    named_things = {"loss._target_", "trainer._target_", "trainer.model._target_", "trainer.prepare._target_"}
     return [key for key in keys if "." in key and not key.startswith("sam3_lora") and key not in named_things]
 
 

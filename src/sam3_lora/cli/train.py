@@ -129,6 +129,8 @@ def _announce_costs(settings: TrainSettings) -> None:
         for block in ("memory.", "prompts.")
     )
     try:
+        if settings.config.get("training.enable_segmentation") is False:
+            raise ConfigError("steps were counted with masks only; boxes alone need less")
         if settings.overrides or settings.config.get("base.quantization"):
             raise ConfigError("only presets and bases as they are shipped were counted")
         found = estimate(
@@ -222,6 +224,7 @@ def _print_result(result: TrainResult, as_json: bool) -> None:
                 "metrics": dict(result.metrics),
                 "trainable_parameters": result.trainable_parameters,
                 "total_parameters": result.total_parameters,
+                "stopped_early": result.stopped_early,
                 "report": None if result.report is None else str(result.report),
             }
         )
@@ -229,6 +232,10 @@ def _print_result(result: TrainResult, as_json: bool) -> None:
     adapter, logs = tables.short_path(result.adapter), tables.short_path(result.output / "tensorboard")
     tables.print_metrics("Best adapter on valid/", {"adapter": result.metrics})
     report = {} if result.report is None else {"Report": tables.short_path(result.report)}
+    if result.stopped_early is not None:
+        report["Stopped early"] = (
+            f"after epoch {result.stopped_early}: no rise of the best metric for long enough"
+        )
     tables.print_facts(
         {
             "Trained": tables.share_of_parameters(result.trainable_parameters, result.total_parameters),

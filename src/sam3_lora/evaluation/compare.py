@@ -79,6 +79,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a base and adapters on a split: AP of boxes and masks, mean IoU and cgF1, of each class too.
 
+    A split without any segmentation is measured by its boxes.
+
     Everything is found out before the first image: the data are checked, the adapters loaded. All models see an
     image in turn, by the prompts that the adapters were trained with; its features are computed once by the base, whose trunk serves every adapter that leaves it as it
     is. The weights of the base are in memory once. On CUDA the forward runs under bfloat16 autocast, as the

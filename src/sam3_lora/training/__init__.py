@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sam3_lora.training.accumulation import AccumulatedLoss as AccumulatedLoss
     from sam3_lora.training.augmentation import TrainImages as TrainImages
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.data import collate_fn as collate_fn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
 _MODULES = {
+    "AccumulatedLoss": "accumulation",
     "LoraTrainer": "trainer",
     "PromptedCoco": "prompted_data",
     "TrainImages": "augmentation",
@@ -26,6 +28,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AccumulatedLoss",
     "LoraTrainer",
     "PromptedCoco",
     "TrainImages",

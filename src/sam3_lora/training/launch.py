@@ -44,8 +44,18 @@ class TrainingError(Sam3LoraError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its folder, its best adapter with the base it is for and its metrics on ``valid/``, parameter
-    counts, and the report if one was made."""
+    """What a run left.
+
+    Attributes:
+        output: Its folder.
+        adapter: Folder of the best adapter; of the last one if the run had no ``best_metric``.
+        base: What it is for.
+        metrics: Of the best adapter on ``valid/``.
+        trainable_parameters: Number of them.
+        total_parameters: Number of all.
+        report: The page, if one was made.
+        stopped_early: The epoch after which the run ended because its metric had not risen for long.
+    """
 
     output: Path
     adapter: Path
@@ -54,6 +64,7 @@ class TrainResult:
     trainable_parameters: int
     total_parameters: int
     report: Path | None = None
+    stopped_early: int | None = None
 
 
 def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
@@ -166,14 +177,16 @@ def run_official_script(
 
 
 def _result(output: Path, progress: ProgressReader) -> TrainResult:
-    metrics = json.loads((output / "logs" / BEST_METRICS_FILE).read_text(encoding="utf-8"))
+    best = output / "logs" / BEST_METRICS_FILE  # not there with training.best_metric=null
+    metrics = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
     return TrainResult(
         output=output,
-        adapter=output / "adapters" / "best",
+        adapter=output / "adapters" / ("best" if best.is_file() else "last"),
         base=OmegaConf.load(output / "config_resolved.yaml").base.name,
         metrics={name: value for name, value in metrics.items() if isinstance(value, float)},
         trainable_parameters=progress.start["trainable_parameters"],
         total_parameters=progress.start["total_parameters"],
+        stopped_early=progress.stopped_early,
     )
 
 

@@ -33,15 +33,17 @@ def check_run_data(dataset: Path, training: Mapping[str, Any]) -> None:
 
     Args:
         dataset: ``paths.dataset_root``.
-        training: Those of :data:`SPLIT_KEYS` that are not at their usual place in it, and any other keys.
+        training: Those of :data:`SPLIT_KEYS` that are not at their usual place in it, ``enable_segmentation``, and any
+            other keys.
 
     Raises:
         DataError: With all problems at once.
     """
+    masks = training.get("enable_segmentation") is not False  # true where nothing is said
     if not any(key in training for key in SPLIT_KEYS):
-        check_dataset(dataset)
+        check_dataset(dataset, masks=masks)
         return
-    check_splits(_files_of_run(dataset, training))
+    check_splits(_files_of_run(dataset, training), masks=masks)
 
 
 def check_prompts(dataset: Path, training: Mapping[str, Any], prompts: Mapping[str, Any]) -> None:
