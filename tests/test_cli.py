@@ -228,9 +228,9 @@ def test_progress_outside_a_terminal_is_a_line_per_validation(launch, capsys):
     launch(progress=[*quiet, progress(1, 4, {"bbox_AP50": 0.5, "segm_AP50": 0.25}, loss=0.123456)])
     main(TRAIN)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("epoch 1/2  step 1/4  loss 1  ")
+    assert first == "epoch 1/2  step 1/4  loss 1"  # nothing is known of the time yet
     assert second.startswith("epoch 1/2  step 4/4  loss 0.1235  bbox AP50 0.500  segm AP50 0.250  ")
-    assert second.endswith(" min left")
+    assert second.endswith(" s left")
 
 
 def test_what_is_in_force_is_said_once_before_the_first_step(launch, capsys):

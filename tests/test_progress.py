@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sam3_lora.report.history import read_history
+from sam3_lora.training.history import read_history
 from sam3_lora.training.progress import PROGRESS_FILE, ProgressReader, append_event
 
 START = {"epochs": 2, "trainable_parameters": 10, "total_parameters": 100}

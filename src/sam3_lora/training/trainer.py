@@ -24,9 +24,10 @@ from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.renamed import seed_block_problems
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
-from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
+from sam3_lora.training.masks_check import check_masks
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
+from sam3_lora.training.observation import ObservedTrainer
 from sam3_lora.training.precision import AUTO, chosen_amp
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
@@ -51,7 +52,7 @@ BEST_DUMPS = "best"
 _COMPARED_ON_RESUME = ("model", "data", "loss", "max_epochs", "val_epoch_freq", "gradient_accumulation_steps")
 
 
-class LoraTrainer(InterruptibleTrainer):
+class LoraTrainer(ObservedTrainer):
     """The official Trainer for a model with LoRA injected. Configs name it as ``trainer._target_``.
 
     Added to the official one:
@@ -61,7 +62,8 @@ class LoraTrainer(InterruptibleTrainer):
     - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks:
       a run that is killed and started again ends with the same bytes. One that is started again with other data or
       settings is refused.
-    - It saves between steps, and stops there when a signal asks: :class:`InterruptibleTrainer`, whose keywords it takes.
+    - It saves between steps, and stops there when a signal asks; it records what it does, and says why it cannot go on:
+      :class:`ObservedTrainer`, whose keywords it takes.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works, and
       ``amp.enabled: true`` is bfloat16 autocast there too. ``amp.amp_dtype: auto`` is float16 with loss scaling where the
       GPU has no bfloat16.
@@ -130,7 +132,6 @@ class LoraTrainer(InterruptibleTrainer):
                 f"takes {train_loader.batch_size} a step on each of {torch.distributed.get_world_size()} processes; "
                 "lower batch_size or gradient_accumulation_steps, or add images"
             )
-        self._steps_per_epoch = len(train_loader)
         seed = (self._seed * 100_003 + int(self.epoch) * 1_009 + self.distributed_rank) % 2**31
         random.seed(seed)
         np.random.seed(seed)
@@ -181,6 +182,7 @@ class LoraTrainer(InterruptibleTrainer):
     def _save_adapters(
         self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
     ) -> None:
+        self._refuse_bad_adapter()
         if self.distributed_rank != 0:
             return
         training = {"epoch": int(self.epoch) + 1, "epochs": self.max_epochs, **about, **self._about_run}
@@ -201,6 +203,7 @@ class LoraTrainer(InterruptibleTrainer):
         on_cuda = self.device.type == "cuda" and self.mode != "val"
         self._memory_check: MemoryCheck | None = memory_check(self.model_conf) if on_cuda else None
         self._prompts, images = _prompts_and_images(self.data_conf)
+        check_masks(self.data_conf)
         self._about_run: dict[str, Any] = {
             "images": images,
             "seed": self._seed,
@@ -243,9 +246,6 @@ class LoraTrainer(InterruptibleTrainer):
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
         if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
             self._memory_check.measured(torch.cuda.max_memory_allocated())
-        loss = loss_mts[f"Losses/{phase}_all_loss"].val
-        step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
-        self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
 
     def _step(self, batch: Any, model: Any, phase: str) -> Any:
         # The official autocast is for CUDA alone.
