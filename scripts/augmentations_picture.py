@@ -16,6 +16,7 @@ from sam3.train.data.sam3_image_dataset import Object
 from sam3_lora.data.shapes import DEMO_CONCEPTS, VARIED, render_scene
 from sam3_lora.evaluation.batches import make_datapoint
 from sam3_lora.training.augmentation import TrainImages
+from sam3_lora.training.resumable_data import seeded
 from sam3_lora.visualization.drawing import INK, PAPER, draw_objects, font_of_size
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "augmentations.png"
@@ -73,7 +74,8 @@ def datapoint() -> Any:
 
 def drawn(keywords: dict[str, Any], seed: int) -> Image.Image:
     """Return an augmented image with its objects, and the input box of the first prompt as a white dashed line."""
-    point = TrainImages(resolution=SIDE, seed=seed, **keywords)(datapoint())
+    with seeded(seed):
+        point = TrainImages(resolution=SIDE, **keywords)(datapoint())
     kept = [
         (q.query_text, o) for q, o in zip(point.find_queries, point.images[0].objects, strict=True) if o.area
     ]

@@ -18,6 +18,7 @@ from sam3_lora.training.augmentation import RandomZoom, TrainImages
 from sam3_lora.training.builder import build_sam3_lora_model
 from sam3_lora.training.image_settings import AUGMENTATIONS, chosen_augmentations
 from sam3_lora.training.launch import TrainingError, run_official_script, train
+from sam3_lora.training.resumable_data import SeededItems, seeded
 from sam3_lora.training.settings import TrainSettings, check_settings
 
 from sam3.train.data.sam3_image_dataset import Object  # isort: skip  (the modules above stand in for triton)
@@ -67,7 +68,8 @@ def until(changed, make):
 
 def augmented(augment, seed, resize="squash", resolution=120, with_masks=True):
     """At 120 the squash to a square keeps the columns of the image."""
-    return TrainImages(augment, resize, resolution, seed)(two_rectangles_and_an_example(with_masks))
+    with seeded(seed):
+        return TrainImages(augment, resize, resolution)(two_rectangles_and_an_example(with_masks))
 
 
 def test_without_augmentation_images_are_squashed_as_in_validation():
@@ -95,7 +97,8 @@ def test_a_flip_mirrors_image_masks_boxes_and_input_boxes_exactly():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_box_of_a_flipped_mask_is_the_flipped_box(seed):
-    point = TrainImages("flip", "squash", 90, seed)(square_datapoint())
+    with seeded(seed):
+        point = TrainImages("flip", "squash", 90)(square_datapoint())
     for item in point.images[0].objects:
         assert box_of(item.segment) == item.bbox.flatten().tolist()
 
@@ -206,7 +209,8 @@ def test_the_official_resizing_has_the_official_sides_and_pads_to_the_canvas(res
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_official_resizing_moves_masks_boxes_and_input_boxes_together(seed):
-    point = TrainImages("none", "official", 112, seed)(square_datapoint())
+    with seeded(seed):
+        point = TrainImages("none", "official", 112)(square_datapoint())
     image = point.images[0]
     assert image.data.size == (112, 112)
     x0, _, x1, _ = image.objects[0].bbox.flatten().tolist()
@@ -217,9 +221,21 @@ def test_the_official_resizing_moves_masks_boxes_and_input_boxes_together(seed):
     assert torch.equal(point.find_queries[0].input_bbox, image.objects[0].bbox)
 
 
+class OneImage:
+    """A dataset of a single image, augmented in every way."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return TrainImages("all", "official", 112)(square_datapoint())
+
+
 def test_the_draws_are_those_of_seed_epoch_and_image_and_of_nothing_else():
     def pixels(seed, epoch):
-        return pixels_of(TrainImages("all", "official", 112, seed)(square_datapoint(), epoch=epoch)).tobytes()
+        items = SeededItems(OneImage(), seed)
+        items.set_epoch(epoch)
+        return pixels_of(items[0]).tobytes()
 
     random.seed(1)
     torch.manual_seed(1)
@@ -257,7 +273,7 @@ def opened(dataset, split, *overrides):
     register_resolvers()
     with initialize_config_module("sam3.train", version_base="1.2"):
         config = compose("sam3_lora/demo", overrides=[f"paths.dataset_root={dataset}", *overrides])
-    return instantiate(config.trainer.data[split].dataset)
+    return SeededItems(instantiate(config.trainer.data[split].dataset), seed=0)
 
 
 def images_of(dataset, workers):
@@ -294,7 +310,7 @@ def losses(dataset, output, **config):
     seen = []
     still = {
         "training.lr": 0.0,
-        "training.final_lr": 0.0,
+        "training.final_lr_ratio": 0.0,
         "training.weight_decay": 0.0,
         "training.val_epoch_freq": 2,
     }
@@ -319,7 +335,7 @@ def test_in_a_run_every_epoch_has_its_own_augmentation_and_the_same_seed_gives_i
     first = losses(dataset, tmp_path / "first", **{"training.augment": ["flip", "scale"]})
     assert abs(first[0] - plain[0]) > 0.01 * plain[0]
     assert abs(first[0] - first[1]) > 0.01 * plain[0]
-    again = {"training.augment": ["flip", "scale"], "training.num_workers": 2}
+    again = {"training.augment": ["flip", "scale"], "training.num_train_workers": 2}
     assert losses(dataset, tmp_path / "again", **again) == first
 
 

@@ -220,11 +220,11 @@ def test_another_hydra_program_keeps_its_search_path(tmp_path):
 
 def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
     settings = TrainSettings(
-        data=dataset, output=tmp_path, base="tiny", lr=0.01, config={"training.amp": False}
+        data=dataset, output=tmp_path, base="tiny", lr=0.01, config={"training.amp_enabled": False}
     )
     run = yaml.safe_load(run_yaml(settings))
     assert run["defaults"] == ["/sam3_lora/balanced", "/sam3_lora/tiny", "_self_"]
-    assert run["training"] == {"lr": 0.01, "seed": 0, "amp": False}
+    assert run["training"] == {"lr": 0.01, "seed": 0, "amp_enabled": False}
     assert run["paths"] == {"dataset_root": str(dataset), "experiment_log_dir": str(tmp_path)}
 
 
@@ -250,9 +250,9 @@ def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
             id="config key of the seed",
         ),
         pytest.param(
-            {"config": {"training.lr": "abc", "training.num_workers": [2]}},
+            {"config": {"training.lr": "abc", "training.num_train_workers": [2]}},
             ConfigError,
-            r"training.lr needs a number, got 'abc'\n  training.num_workers needs a number, got \[2\]",
+            r"training.lr needs a number, got 'abc'\n  training.num_train_workers needs a number, got \[2\]",
             id="config value",
         ),
         pytest.param({"base": "tinny"}, Sam3LoraError, "unknown base 'tinny'", id="base"),

@@ -121,7 +121,31 @@ def check_dataset(
     """
     folder = Path(folder)
     found = Findings()
-    read = _read_splits(folder, splits, found)
+    return _checked(folder, _read_splits(folder, splits, found), train_split, found)
+
+
+def check_splits(
+    files: Mapping[str, tuple[Path, Path]], *, train_split: str | None = "train"
+) -> DatasetSummary:
+    """Do what :func:`check_dataset` does for splits that lie anywhere.
+
+    Args:
+        files: Name of a split -> folder of its images, and its annotation file.
+        train_split: As there.
+    """
+    found = Findings()
+    read = {}
+    for name, (folder, annotation_file) in files.items():
+        try:
+            read[name] = read_split(folder, annotation_file)
+        except DataError as error:
+            found.add(ANNOTATIONS, str(error))
+    return _checked(Path(next(iter(files.values()))[0]), read, train_split, found)
+
+
+def _checked(
+    folder: Path, read: Mapping[str, Split], train_split: str | None, found: Findings
+) -> DatasetSummary:
     for name, split in read.items():
         # The trainer works out areas itself; the evaluation reads them from the file.
         _check_split(split, ["bbox", "segmentation"] + ["area"] * (name != train_split), found)

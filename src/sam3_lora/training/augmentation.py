@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 import random
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sam3_lora.base.cpu import provide_triton
@@ -45,15 +42,13 @@ _Region = tuple[int, int, int, int]  # top, left, height, width in pixels, as th
 class TrainImages:
     """The transform that augments a training image and makes it a square of ``resolution`` pixels.
 
-    What it draws depends on the seed, the epoch and the image alone: not on the number of processes or workers, nor on
-    the order of the images, and it leaves the random state of the process as it was.
+    It draws from Python's and torch's random state; in training ``SeededItems`` sets both for each image.
 
     Args:
         augment: ``none``, ``flip``, ``color``, ``scale``, ``all``, or a list of them.
         resize: ``squash`` resizes to the square, as prediction does; ``official`` to a smaller one of a random side,
             at a random place of a black canvas, as the official training recipe does.
         resolution: Side in pixels of the square.
-        seed: Another seed, other draws.
 
     Raises:
         ConfigError: For names that do not exist, all at once.
@@ -64,21 +59,17 @@ class TrainImages:
         augment: str | Sequence[str] = "none",
         resize: str = "squash",
         resolution: int = 1008,
-        seed: int = 0,
     ) -> None:
         if problems := image_problems({"training.augment": augment, "training.resize": resize}, ""):
             raise ConfigError(as_report(problems))
-        self._seed = seed
         self._transforms = [
             *_augmentations(chosen_augmentations(augment), resize, resolution),
             *_resizing(resize, resolution),
         ]
 
-    def __call__(self, datapoint: Any, epoch: int = 0, **_: Any) -> Any:
-        pixels = datapoint.images[0].data.resize((64, 64), Image.Resampling.NEAREST).tobytes()
-        with _own_random_state(zlib.crc32(pixels, zlib.crc32(f"{self._seed} {epoch}".encode()))):
-            for transform in self._transforms:
-                datapoint = transform(datapoint)
+    def __call__(self, datapoint: Any, **_: Any) -> Any:
+        for transform in self._transforms:
+            datapoint = transform(datapoint)
         return datapoint
 
 
@@ -191,18 +182,3 @@ def _box_of(mask: Tensor) -> Tensor:
     rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     return torch.tensor([[float(edge) for edge in edges]])
-
-
-@contextmanager
-def _own_random_state(seed: int) -> Iterator[None]:
-    """Let the block draw from a state of its own, Python's and torch's on the CPU."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    random.seed(seed)
-    torch.default_generator.manual_seed(
-        seed
-    )  # torch.manual_seed would seed the GPU's, which dropout draws from
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        torch.set_rng_state(cpu)

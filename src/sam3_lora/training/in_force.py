@@ -31,7 +31,7 @@ def in_force(trainer: Any, images: int, prompts: int) -> dict[str, str]:
         facts["Data"] = (
             f"{_counted(images, 'image')}, {_counted(images // step, 'step')} an epoch, {_counted(prompts, 'prompt')} an image"
         )
-    return facts | _learning_rates(trainer.optim)
+    return facts | _learning_rates(trainer.optim, images // step * trainer.max_epochs)
 
 
 def _precision(device: torch.device, amp: Any) -> str:
@@ -41,18 +41,21 @@ def _precision(device: torch.device, amp: Any) -> str:
     return f"{amp.amp_dtype} autocast on {device.type}{scaled}"
 
 
-def _learning_rates(optim: Any) -> dict[str, str]:
-    """Return the rates of each group of parameters in the first and the last step, as the schedulers will set them."""
+def _learning_rates(optim: Any, steps: int) -> dict[str, str]:
+    """Return the rates of each group of parameters in the first, the middle and the last step, as the schedulers will
+    set them. Of 0 steps, whose number is not known, schedules that count them show their first one only."""
     rates = []
-    for where in (1 - 1e-9, 0.0):  # below 1, as fvcore wants it; the first step comes first again
-        optim.step_schedulers(where, 0)
+    for where in (1 - 1e-9, 0.5, 0.0):  # below 1, as fvcore wants it; the first step comes first again
+        optim.step_schedulers(where, int(where * steps))
         rates.append([group["lr"] for group in optim.optimizer.param_groups])
     lines: dict[str, str] = {}
-    for group, last, first in zip(optim.optimizer.param_groups, *rates, strict=True):
+    for group, last, middle, first in zip(optim.optimizer.param_groups, *rates, strict=True):
         tensors = [parameter for parameter in group["params"] if parameter.requires_grad]
         if not tensors:
             continue
-        ends = f"{first:g}" if first == last else f"{first:g} to {last:g}"
+        ends = f"{first:g}" if first == middle == last else f"{first:g} to {last:g}"
+        if not min(first, last) <= middle <= max(first, last):
+            ends = f"{first:g}, {middle:g} in the middle, {last:g} at the end"
         lines[f"Learning rate {len(lines) + 1}" if lines else "Learning rate"] = (
             f"{ends}, {type(optim.optimizer).__name__}, weight decay {group['weight_decay']:g}, "
             f"{_counted(len(tensors), 'tensor')}"

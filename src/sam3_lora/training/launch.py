@@ -18,7 +18,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sam3_lora.base.checkpoint import find_checkpoint
-from sam3_lora.data.check import check_dataset
 from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.training.lock import check_not_running
@@ -26,6 +25,7 @@ from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressR
 from sam3_lora.training.relay import SignalRelay, stopped_run
 from sam3_lora.training.settings import RUN_FILE_HEADER, TrainSettings, check_settings, run_yaml
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
+from sam3_lora.training.splits import check_run_data
 
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
@@ -54,11 +54,12 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_settings(settings)
     check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
-    check_dataset(settings.data)
+    run = run_yaml(settings)
+    check_run_data(settings.data, OmegaConf.create(run).training)
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE
-    write_text_atomic(run_file, run_yaml(settings))
+    write_text_atomic(run_file, run)
     return _run_to_the_end(run_file, settings.num_gpus, on_progress)
 
 
@@ -83,7 +84,7 @@ def resume(
     ]
     if changed:
         raise ConfigError(f"{output} was started with other settings: {as_report(changed)}")
-    check_dataset(Path(started_with.paths.dataset_root))
+    check_run_data(Path(started_with.paths.dataset_root), started_with.training)
     find_checkpoint(started_with.base.name)
     if save_every is not None:
         OmegaConf.update(started_with, "training.save_every_steps", save_every)

@@ -19,21 +19,21 @@ def chosen_amp(enabled: Any, amp_dtype: Any) -> tuple[bool, str]:
     official trainer's loss scaling on GPUs that have no bfloat16 (before Ampere). The CPU knows bfloat16 only.
 
     Args:
-        enabled: ``training.amp``: true, false or ``auto``.
+        enabled: ``training.amp_enabled``: true, false or ``auto``.
         amp_dtype: ``training.amp_dtype``: one of :data:`AMP_DTYPES`.
 
     Raises:
         ConfigError: For other values, or float16 on the CPU.
     """
     if enabled not in (True, False, AUTO):
-        raise ConfigError(f"training.amp must be true, false or auto, got {enabled!r}")
+        raise ConfigError(f"training.amp_enabled must be true, false or auto, got {enabled!r}")
     if amp_dtype not in AMP_DTYPES:
         hint = did_you_mean(str(amp_dtype), AMP_DTYPES)
         raise ConfigError(f"training.amp_dtype must be auto, bfloat16 or float16, got {amp_dtype!r}{hint}")
     cuda = torch.cuda.is_available()
     on = cuda if enabled == AUTO else bool(enabled)
     if on and amp_dtype == "float16" and not cuda:
-        raise ConfigError("training.amp_dtype: float16 needs CUDA; take auto, or training.amp: false")
+        raise ConfigError("training.amp_dtype: float16 needs CUDA; take auto, or training.amp_enabled: false")
     if amp_dtype != AUTO:
         return on, str(amp_dtype)
     has_bfloat16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)

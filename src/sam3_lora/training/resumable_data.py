@@ -63,7 +63,7 @@ class SeededItems(Dataset[Any]):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        with _seeded((self._seed * 100_003 + self._epoch) * 1_000_003 + index):
+        with seeded((self._seed * 100_003 + self._epoch) * 1_000_003 + index):
             return self._dataset[index]
 
 
@@ -104,7 +104,8 @@ def make_resumable(data: Any, seed: int) -> StartingSampler:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Let a block draw from a random state of its own: Python's, numpy's, and torch's on the CPU."""
     # Not torch.manual_seed: that one reaches for the GPU, which a worker must not touch.
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

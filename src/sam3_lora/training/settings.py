@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
 from sam3_lora.errors import ConfigError, as_report, did_you_mean
 from sam3_lora.presets import get_preset
-from sam3_lora.renamed import seed_block_problems
+from sam3_lora.renamed import RENAMED_KEYS, seed_block_problems
+from sam3_lora.training.composition import shipped_config
 from sam3_lora.training.image_settings import image_problems
+from sam3_lora.training.splits import SPLIT_KEYS
 
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
@@ -108,10 +109,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 def _known_config(preset: str) -> Any:
     """Return the config files that a run of this preset is made of, as one."""
-    folder = files("sam3_lora.configs") / "sam3_lora"
-    return OmegaConf.merge(
-        *(OmegaConf.create((folder / f"{name}.yaml").read_text()) for name in ("common", preset, "tiny"))
-    )
+    return shipped_config(name=preset)
 
 
 def _config_problem(key: str, value: Any, known: Any) -> list[str]:
@@ -123,6 +121,8 @@ def _config_problem(key: str, value: Any, known: Any) -> list[str]:
     for depth, name in enumerate([*parents, last]):
         if not isinstance(node, DictConfig) or name not in node:
             where = ".".join(key.split(".")[:depth]) or "the config"
+            if key in RENAMED_KEYS:
+                return [f"unknown key {key!r}; {RENAMED_KEYS[key]}"]
             names = list(node) if isinstance(node, DictConfig) else []
             return [f"unknown key {key!r}: {where} has no {name!r}{did_you_mean(name, names)}"]
         if depth < len(parents):
@@ -165,9 +165,15 @@ def run_yaml(settings: TrainSettings) -> str:
         }
     )
     for name, value in settings.config.items():
-        OmegaConf.update(run, name, value)
+        OmegaConf.update(run, name, _absolute(name, value))
     presets = [f"/sam3_lora/{settings.preset}"]
     return _as_run_file([*presets, "/sam3_lora/tiny"] if settings.base == "tiny" else presets, run)
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """Return the value of a config key; a path to images independent of the working folder."""
+    is_path = key.removeprefix("training.") in SPLIT_KEYS and not str(value).startswith("${")
+    return str(Path(value).resolve()) if is_path else value
 
 
 def demo_yaml(output: Path, seed: int) -> str:

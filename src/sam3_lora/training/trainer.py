@@ -75,6 +75,7 @@ class LoraTrainer(ObservedTrainer):
         adapter_dir: Where the adapter folders go.
         best_metric: ``segm_AP``, ``segm_AP50``, ``bbox_AP`` or ``bbox_AP50``; ``None`` keeps no best adapter.
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
+        save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
         lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer`.
@@ -86,6 +87,7 @@ class LoraTrainer(ObservedTrainer):
         adapter_dir: str,
         best_metric: str | None = "segm_AP",
         adapter_freq: int = 1,
+        save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
         accelerator: str = "auto",
@@ -119,7 +121,13 @@ class LoraTrainer(ObservedTrainer):
                 )
             if prepare is not None:
                 instantiate(prepare)
-            super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
+            super().__init__(
+                accelerator=accelerator,
+                seed_value=seed_value,
+                optim=optim,
+                skip_saving_ckpts=not save_checkpoints,
+                **official,
+            )
 
     def run(self) -> None:
         with _own_errors_reported(self._logs):
@@ -140,7 +148,7 @@ class LoraTrainer(ObservedTrainer):
         return result
 
     def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
-        if checkpoint_names is None and not self.skip_saving_ckpts:
+        if checkpoint_names is None:
             names = ["last"]
             if self._adapter_freq and int(epoch) % self._adapter_freq == 0:
                 names.append(f"epoch_{int(epoch)}")
@@ -176,8 +184,7 @@ class LoraTrainer(ObservedTrainer):
         return self._seed
 
     def _save_last_adapter(self, done: int) -> None:
-        if not self.skip_saving_ckpts:
-            self._save_adapters(["last"], steps_of_epoch=done)
+        self._save_adapters(["last"], steps_of_epoch=done)
 
     def _save_adapters(
         self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
