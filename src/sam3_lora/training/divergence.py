@@ -126,10 +126,10 @@ def _advice(largest: float, settings: Settings) -> str:
     if not largest < _LARGE:
         return f"the steps before were too large: start again with {lower}, or a lower training.gradient_clip_max_norm"
     if settings.amp == "float16":
-        return f"float16 ends at 65504: start again with training.amp_dtype=bfloat16, or training.amp=false; else with {lower}"
+        return f"float16 ends at 65504: start again with training.amp_dtype=bfloat16, or training.amp_enabled=false; else with {lower}"
     return (
         f"look at these images and their annotations; then start again with {lower}"
-        f"{', or training.amp=false' if settings.amp else ''}"
+        f"{', or training.amp_enabled=false' if settings.amp else ''}"
     )
 
 

@@ -61,7 +61,7 @@ def slow_loading(waited: float, computed: float, loading: Loading, cores: int | 
     lines = [
         f"slow loader: a step takes {total:.2f} s, of which it computes {computed:.2f} s ({computed / total:.0%}) and waits "
         f"{waited:.2f} s for its {images}",
-        f"  {loaders} the images (training.num_workers={loading.workers}); this machine has {cores} cores for {trainers}",
+        f"  {loaders} the images (training.num_train_workers={loading.workers}); this machine has {cores} cores for {trainers}",
     ]
     return "\n".join(lines + [f"  -> {change}" for change in _changes(total, computed, loading, cores)])
 
@@ -71,7 +71,7 @@ def _changes(total: float, computed: float, loading: Loading, cores: int) -> Seq
     needed = ceil(max(1, loading.workers) * total / max(computed, 1e-9))
     changes = []
     if spare > loading.workers:
-        changes.append(f"training.num_workers={min(needed, spare)}")
+        changes.append(f"training.num_train_workers={min(needed, spare)}")
     if loading.image_hw and loading.resolution and max(loading.image_hw) > 1.5 * loading.resolution:
         height, width = loading.image_hw
         changes.append(

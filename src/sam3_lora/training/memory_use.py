@@ -51,12 +51,9 @@ class MemoryUse:
                 "memory_bytes": torch.cuda.memory_allocated(),
                 "peak_bytes": self._peak,
             }
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {
-            "memory_of": "process memory",
-            "memory_bytes": psutil.Process().memory_info().rss,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        }
+        used, unit = psutil.Process().memory_info().rss, 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # which the kernel brings up to date late
+        return {"memory_of": "process memory", "memory_bytes": used, "peak_bytes": max(used, peak)}
 
 
 def is_memory_error(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from sam3_lora.errors import ConfigError, as_report
 from sam3_lora.training.divergence import (
     Place,
     Settings,
@@ -27,9 +28,10 @@ from sam3_lora.training.divergence import (
 from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.loading_time import Loading, LoadingTime, slow_loading
 from sam3_lora.training.memory_use import BatchSize, MemoryUse, is_memory_error, memory_shortage
-from sam3_lora.training.recorders import WandbSettings, check_wandb
+from sam3_lora.training.recorders import WandbSettings
 from sam3_lora.training.run_record import RunRecord
 from sam3_lora.training.step_time import StepTime
+from sam3_lora.training.wandb_settings import wandb_problems
 
 _TERM = "Losses/train_all_"  # before the name of a term; "all" is the dict_key of the training batches
 _TOTAL = "core_loss"
@@ -50,11 +52,15 @@ class ObservedTrainer(InterruptibleTrainer):
         keywords: Those of :class:`InterruptibleTrainer`.
 
     Raises:
-        ConfigError: If Weights & Biases is asked for and not installed.
+        ConfigError: If Weights & Biases is asked for and not installed, or a value is of another kind.
     """
 
     def __init__(self, *, csv: bool = False, wandb: WandbSettings = None, **keywords: Any) -> None:
-        check_wandb(wandb)
+        problems = wandb_problems(wandb)
+        if not isinstance(csv, bool):
+            problems.append(f"training.csv must be true or false, got {csv!r}")
+        if problems:
+            raise ConfigError(as_report(problems))
         self._csv, self._wandb = csv, wandb
         self._record: RunRecord | None = None  # on rank 0, while it runs
         self._doing = "its start"
@@ -95,7 +101,7 @@ class ObservedTrainer(InterruptibleTrainer):
         return result
 
     def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
-        if checkpoint_names is None and not self.skip_saving_ckpts:
+        if checkpoint_names is None:
             self._saved = f"after epoch {int(epoch)}"
         super().save_checkpoint(epoch, checkpoint_names)
 
@@ -215,11 +221,12 @@ class ObservedTrainer(InterruptibleTrainer):
         return Settings(self._rates(), clip, amp.amp_dtype if amp.enabled else None)
 
     def _kept(self) -> str:
-        if self.skip_saving_ckpts:
-            return "nothing is saved, as trainer.skip_saving_ckpts says"
         if not self._saved:
             return "nothing had been saved yet"
-        return f"adapters/last and checkpoints/checkpoint.pt stay as they were {self._saved}"
+        what = "adapters/last stays as it was"
+        if not self.skip_saving_ckpts:
+            what = "adapters/last and checkpoints/checkpoint.pt stay as they were"
+        return f"{what} {self._saved}"
 
     @contextmanager
     def _memory_explained(self) -> Iterator[None]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-
-from sam3_lora.errors import ConfigError
 
 #: What ``training.wandb`` may be: nothing, the name of a project, or keywords of ``wandb.init``.
 WandbSettings = str | Mapping[str, Any] | None
@@ -100,25 +97,6 @@ class WandbRecorder:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def check_wandb(settings: WandbSettings) -> None:
-    """Do nothing if Weights & Biases is not asked for, or is there.
-
-    Raises:
-        ConfigError: If it cannot be used, with what to do.
-    """
-    if settings is None:
-        return
-    if not isinstance(settings, (str, Mapping)):
-        raise ConfigError(
-            f"training.wandb must be the name of a project, or keywords of wandb.init, got {settings!r}"
-        )
-    if find_spec("wandb") is None:
-        raise ConfigError(
-            f"training.wandb is {settings!r}, but the package wandb is not installed: pip install 'sam3-lora[wandb]', "
-            "or leave it null; TensorBoard and training.csv need nothing"
-        )
 
 
 class Recorders:

@@ -16,6 +16,7 @@ from sam3_lora.renamed import RENAMED_KEYS, seed_block_problems
 from sam3_lora.training.composition import shipped_config
 from sam3_lora.training.image_settings import image_problems
 from sam3_lora.training.splits import SPLIT_KEYS
+from sam3_lora.training.wandb_settings import wandb_problems
 
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
@@ -91,6 +92,7 @@ def check_settings(settings: TrainSettings) -> None:
         problem for key, value in settings.config.items() for problem in _config_problem(key, value, known)
     ]
     problems += image_problems(settings.config, settings.base)
+    problems += wandb_problems(settings.config.get("training.wandb"))
     if problems:
         raise ConfigError(as_report(problems))
     if settings.overrides:
