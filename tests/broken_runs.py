@@ -1,6 +1,6 @@
 """Runs that cannot go on, each really broken in one way, on the tiny base in this one process; prints what they say.
 
-python tests/broken_runs.py FOLDER [loader]
+python tests/broken_runs.py FOLDER [loader | full-size]
 """
 
 import json
@@ -27,14 +27,14 @@ MANY = 60  # images in a batch that takes some GB
 SIDE = 2400  # of images that take longer to read than the tiny model to train on them
 
 
-def trainer(root, name, data="data", preset="minimal", **config):
+def trainer(root, name, data="data", preset="minimal", base="tiny", **config):
     """Return a trainer for ``root/name``, set up."""
     folder = root / name
     folder.mkdir()
     settings = TrainSettings(
         data=root / data,
         output=folder,
-        base="tiny",
+        base=base,
         preset=preset,
         config={
             f"training.{key}": value for key, value in {"max_epochs": 1, "batch_size": 2, **config}.items()
@@ -134,6 +134,9 @@ def main():
     if "loader" in sys.argv:
         with_large_files(root / "large" / "train")
         runs = {"loader": outcome(root, "loader", plain, data="large", batch_size=1)}
+    elif "full-size" in sys.argv:
+        cramped = {"preset": "balanced", "base": "random", "batch_size": 2, "gradient_accumulation_steps": 1}
+        runs = {"full-size": outcome(root, "full-size", without_memory, **cramped)}
     else:
         runs = {
             "predictions": outcome(root, "predictions", plain, lr=1e20),

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,21 @@ def _metrics(history: History) -> Chart:
 
 
 def _rates(history: History) -> Chart:
+    """Groups with the same rates share a line."""
     steps = thinned([step for step in history.steps if step.rates])
-    groups = len(steps[-1].rates)
+    groups: dict[tuple[float, ...], list[int]] = defaultdict(list)
+    for group in range(len(steps[-1].rates)):
+        rates = tuple(step.rates[group] if group < len(step.rates) else math.nan for step in steps)
+        groups[rates].append(group + 1)
+    places = [step.epochs_done for step in steps]
     return Chart(
         "Learning rate",
         [
             Line(
-                f"group {group + 1}" if groups > 1 else "of all",
+                f"group {', '.join(map(str, numbers))}" if len(groups) > 1 else "of all",
                 colour,
-                [(step.epochs_done, step.rates[group]) for step in steps if group < len(step.rates)],
+                list(zip(places, rates, strict=True)),
             )
-            for group, colour in zip(range(groups), itertools.cycle(_RATES), strict=False)
+            for (rates, numbers), colour in zip(groups.items(), itertools.cycle(_RATES), strict=False)
         ],
     )

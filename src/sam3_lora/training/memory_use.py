@@ -52,7 +52,9 @@ class MemoryUse:
                 "peak_bytes": self._peak,
             }
         used, unit = psutil.Process().memory_info().rss, 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # which the kernel brings up to date late
+        peak = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        )  # which the kernel brings up to date late
         return {"memory_of": "process memory", "memory_bytes": used, "peak_bytes": max(used, peak)}
 
 
