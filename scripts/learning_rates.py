@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 from sam3_lora.errors import Sam3LoraError
 from sam3_lora.training import render_demo_dataset
@@ -30,7 +31,10 @@ RATES = (8e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 def main() -> None:
     keep = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     render_demo_dataset(keep / "dataset")
-    print("| rate | mask AP | box AP | loss, last epoch |\n| --- | ---: | ---: | ---: |", flush=True)
+    print(
+        "| rate | mask AP | box AP | loss, first epoch | last |\n| --- | ---: | ---: | ---: | ---: |",
+        flush=True,
+    )
     print(row("official: 8e-5, vision 2.5e-5, text 5e-6", keep, "official", OFFICIAL), flush=True)
     for rate in RATES:
         print(row(f"{rate:g}", keep, f"{rate:g}", {"training.lr": rate}), flush=True)
@@ -45,14 +49,12 @@ def row(label: str, keep: Path, name: str, rates: dict[str, float]) -> str:
         try:
             train(TrainSettings(keep / "dataset", output, base="tiny", config=config, overwrite=True))
         except Sam3LoraError as error:
-            return f"| {label} | {str(error).splitlines()[0]} | | |"
+            return f"| {label} | {str(error).splitlines()[0]} | | | |"
     metrics = json.loads(metrics_file.read_text())
     events = [json.loads(line) for line in (output / "logs" / PROGRESS_FILE).read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
-    losses = [step["loss"] for step in steps if step["epoch"] == steps[-1]["epoch"]]
-    return (
-        f"| {label} | {metrics['segm_AP']:.3f} | {metrics['bbox_AP']:.3f} | {sum(losses) / len(losses):.1f} |"
-    )
+    first, last = (mean(s["loss"] for s in steps if s["epoch"] == n) for n in (1, steps[-1]["epoch"]))
+    return f"| {label} | {metrics['segm_AP']:.3f} | {metrics['bbox_AP']:.3f} | {first:.0f} | {last:.0f} |"
 
 
 if __name__ == "__main__":

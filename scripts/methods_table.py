@@ -109,7 +109,7 @@ steps = sam3_lora.dataset_losses("my_dataset", images=16)
 model = get_peft_sam3(load_base(), "balanced", init_lora_weights="eva", init_data=steps)
 ```
 
-For training: `--set init_lora_weights=eva --set adapter.init_data=my_dataset`. Ranks, and with them the number of
+For training: `--set init_lora_weights=eva adapter.init_data=my_dataset`. Ranks, and with them the number of
 parameters, are EVA's own afterwards (`eva_config=peft.EvaConfig(rho=1)` keeps them). Both are saved as plain LoRA.
 
 ## Other methods
@@ -209,7 +209,7 @@ def _try_kinds(component: str, kinds: list[str], method: Method) -> str:
     try:
         merged = outputs(loaded.merge_and_unload())
     except Exception as error:  # of whatever kind PEFT raises
-        return f"works, no merging: {type(error).__name__}: {error}"
+        return f"works, no merging: {_reason(error)}"
     return (
         "works, no merging: a merged adapter gives other outputs"
         if _differ(merged, expected, tolerance)
@@ -234,7 +234,8 @@ def _reason(error: Exception) -> str:
     line = re.sub(r"^.*(cannot start from these weights|does not work on these modules): ", "", line)
     line = re.sub(r"\w+(\.\w+)+: ", "", line)
     line = re.sub(r"PEFT refuses these settings \((\w+)\): ", r"\1: ", line)
-    line = re.sub(r"KeyError: .*", "KeyError: it has no place for some modules", line)
+    line = re.sub(r"KeyError: .*", "it has no place for some modules", line)
+    line = re.sub(r"^\w+Error: ", "", line).removesuffix(".")
     line = re.sub(
         r"\w+ does not support target modules of type <class '.*Conv2d'> yet", "Conv2d is not supported", line
     )

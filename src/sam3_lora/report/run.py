@@ -138,6 +138,15 @@ def _measure_base(
     return Measured(metrics, result.predictions, _BASE_NOTE)
 
 
+def _learning_rate(training: Mapping[str, Any]) -> str:
+    """Return the highest rate, and those of parts that have another one."""
+    scale = training["lr_scale"]
+    others = {"vision encoder": "lr_vision_backbone", "text encoder": "lr_language_backbone"}
+    usual = training["lr_transformer"]
+    apart = [f"{part} {training[key] * scale:g}" for part, key in others.items() if training[key] != usual]
+    return f"{usual * scale:g}" + (f" ({', '.join(apart)})" if apart else "")
+
+
 def _facts(
     config: Mapping[str, Any], history: History, train: Split, valid: Split, run_folder: Path
 ) -> dict[str, str]:
@@ -156,7 +165,7 @@ def _facts(
         "Training data": amount_of(train),
         "Validation data": amount_of(valid),
         "Epochs": epochs,
-        "Learning rate": f"{training['lr']:g}",
+        "Learning rate": _learning_rate(training),
         "Images per step": f"{training['batch_size'] * training['gradient_accumulation_steps']:,} on each process",
         "Seed": str(training["seed"]),
         "Prompts": prompts_in_words(valid.prompts),

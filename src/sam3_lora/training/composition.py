@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -34,6 +35,12 @@ def shipped_config(
     for key, value in (changes or {}).items():
         OmegaConf.update(config, key, value)
     return config
+
+
+def common_defaults() -> list[Any]:
+    """Return the defaults list of ``common``, which chooses a file of each group."""
+    text = (files("sam3_lora.configs") / "sam3_lora" / "common.yaml").read_text(encoding="utf-8")
+    return list(OmegaConf.create(text).defaults)
 
 
 @lru_cache

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import find_checkpoint
 from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report
@@ -23,7 +23,14 @@ from sam3_lora.output import check_output, claim_output, mark_finished, write_te
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 from sam3_lora.training.relay import SignalRelay, stopped_run
-from sam3_lora.training.settings import RUN_FILE_HEADER, TrainSettings, check_settings, run_yaml
+from sam3_lora.training.settings import (
+    RUN_FILE_HEADER,
+    TrainSettings,
+    absolute_value,
+    check_settings,
+    run_choices,
+    run_yaml,
+)
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
 from sam3_lora.training.splits import check_run_data
 
@@ -77,10 +84,12 @@ def resume(
     started_with = OmegaConf.load(run_file)
     resolved = output / "config_resolved.yaml"
     known = OmegaConf.load(resolved) if resolved.is_file() else started_with
+    chosen = run_choices(cast(DictConfig, started_with))
+    expected = {"paths.experiment_log_dir": str(output.resolve()), **expected}
     changed = [
         f"{key}: the run has {before!r}, asked for {now!r}"
-        for key, now in {"paths.experiment_log_dir": str(output.resolve()), **expected}.items()
-        if (before := OmegaConf.select(known, key)) != now
+        for key, now in ((key, absolute_value(key, value)) for key, value in expected.items())
+        if (before := chosen[key] if key in chosen else OmegaConf.select(known, key.removeprefix("+"))) != now
     ]
     if changed:
         raise ConfigError(f"{output} was started with other settings: {as_report(changed)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,3 +39,12 @@ def chosen_amp(enabled: Any, amp_dtype: Any) -> tuple[bool, str]:
         return on, str(amp_dtype)
     has_bfloat16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     return on, "bfloat16" if has_bfloat16 else "float16"
+
+
+def resolved_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the ``optim`` block of a trainer with its ``amp`` as :func:`chosen_amp` chose it."""
+    if optim is None:
+        return None
+    amp = dict(optim.get("amp") or {})
+    enabled, dtype = chosen_amp(amp.get("enabled", False), amp.get("amp_dtype", AUTO))
+    return {**optim, "amp": {**amp, "enabled": enabled, "amp_dtype": dtype}}
