@@ -286,6 +286,8 @@ ROWS: dict[str, Row] = {
     "trainer.adapter_freq": Row(2, saved),
     "trainer.save_every_steps": Row(7, lambda c: c.trainer._save_every_steps),
     "trainer.save_checkpoints": Row(False, saved),
+    "trainer.csv": Row(True, lambda c: c.trainer._csv),
+    "trainer.wandb": Row("project", wandb),
     "trainer.prepare": Row(
         {"_target_": "sam3_lora.training.render_demo_dataset", "folder": "{tmp}/drawn"},
         prepared,
