@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,18 +32,10 @@ class TensorBoardRecorder:
 
     Args:
         writer: A ``SummaryWriter``.
-        first_step: What an earlier part of the run wrote from this step on is not shown any more.
     """
 
-    def __init__(self, writer: Any, first_step: int = 0) -> None:
+    def __init__(self, writer: Any) -> None:
         self._writer = writer
-        if first_step:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-            start = Event(
-                wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)
-            )
-            writer.file_writer.add_event(start, first_step)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

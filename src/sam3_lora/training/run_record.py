@@ -41,7 +41,7 @@ class RunRecord:
         self._next_tables = time.monotonic() + _SECONDS_BETWEEN_TABLES
         self._recorders = Recorders()
         if (board := trainer.logger.tb_logger) is not None and board.writer is not None:
-            self._recorders.add(TensorBoardRecorder(board.writer, first_step))
+            self._recorders.add(TensorBoardRecorder(board.writer))
         if wandb:
             self._recorders.add(WandbRecorder(wandb, self._run_folder, _shown_config(self._run_folder)))
 
