@@ -40,7 +40,8 @@ FIELD = {
     ),
     "segmentation": Kind(
         "annotation without 'segmentation'",
-        "add polygons or RLE, or export as 'COCO Segmentation': boxes alone do not train masks",
+        "add polygons or RLE, or export as 'COCO Segmentation'; to train on boxes alone set "
+        "training.enable_segmentation=false",
     ),
     "area": Kind(
         "annotation without 'area'", "add the number of pixels of the mask: the evaluation sorts by it"
@@ -105,7 +106,11 @@ class DatasetSummary:
 
 
 def check_dataset(
-    folder: str | Path, splits: Sequence[str] = ("train", "valid"), *, train_split: str | None = "train"
+    folder: str | Path,
+    splits: Sequence[str] = ("train", "valid"),
+    *,
+    train_split: str | None = "train",
+    masks: bool | None = True,
 ) -> DatasetSummary:
     """Return what the dataset holds, once every file and every annotation is found usable.
 
@@ -115,23 +120,24 @@ def check_dataset(
         folder: The dataset, with a folder for each split.
         splits: Names of the splits to check.
         train_split: The one to train on; the others are measured, which needs more.
+        masks: Whether each annotation needs a ``segmentation``; ``None`` asks it of the splits where any has one.
 
     Raises:
         DataError: With all problems at once: how many of each kind, the first places, and what to do.
     """
     folder = Path(folder)
     found = Findings()
-    return _checked(folder, _read_splits(folder, splits, found), train_split, found)
+    return _checked(folder, _read_splits(folder, splits, found), train_split, masks, found)
 
 
 def check_splits(
-    files: Mapping[str, tuple[Path, Path]], *, train_split: str | None = "train"
+    files: Mapping[str, tuple[Path, Path]], *, train_split: str | None = "train", masks: bool | None = True
 ) -> DatasetSummary:
     """Do what :func:`check_dataset` does for splits that lie anywhere.
 
     Args:
         files: Name of a split -> folder of its images, and its annotation file.
-        train_split: As there.
+        train_split: As there, and ``masks`` too.
     """
     found = Findings()
     read = {}
@@ -140,15 +146,16 @@ def check_splits(
             read[name] = read_split(folder, annotation_file)
         except DataError as error:
             found.add(ANNOTATIONS, str(error))
-    return _checked(Path(next(iter(files.values()))[0]), read, train_split, found)
+    return _checked(Path(next(iter(files.values()))[0]), read, train_split, masks, found)
 
 
 def _checked(
-    folder: Path, read: Mapping[str, Split], train_split: str | None, found: Findings
+    folder: Path, read: Mapping[str, Split], train_split: str | None, masks: bool | None, found: Findings
 ) -> DatasetSummary:
     for name, split in read.items():
         # The trainer works out areas itself; the evaluation reads them from the file.
-        _check_split(split, ["bbox", "segmentation"] + ["area"] * (name != train_split), found)
+        fields = ["bbox"] + ["segmentation"] * (split.has_masks if masks is None else masks)
+        _check_split(split, fields + ["area"] * (name != train_split), found)
     if problems := found.problems():
         raise DataError(describe(f"{folder} cannot be used", problems))
     return DatasetSummary(folder, {name: _summary(split) for name, split in read.items()})
