@@ -182,7 +182,11 @@ class LoraTrainer(MonitoredTrainer):
         self._save_adapters(["last"], steps_of_epoch=done)
 
     def _save_adapters(
-        self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
+        self,
+        names: list[str],
+        metrics: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float] | None = None,
+        **about: Any,
     ) -> None:
         self._refuse_bad_adapter()
         if self.distributed_rank != 0:
@@ -196,6 +200,7 @@ class LoraTrainer(MonitoredTrainer):
                     self._adapter_dir / name,
                     prompts=self._prompts,
                     training=training,
+                    thresholds=thresholds,
                 )
 
     def _setup_components(self) -> None:
