@@ -104,6 +104,14 @@ def of_trainer(name: str) -> Observable:
     return lambda config: getattr(config.trainer, name)
 
 
+def wandb(config: Config) -> Any:
+    """What the trainer takes of it, or the error where the package is not installed."""
+    try:
+        return config.trainer._wandb
+    except InstantiationException as error:
+        return str(error)
+
+
 def rates(config: Config) -> list[Any]:
     """What the optimizer does in the first, a middle and a late step: rate and decay of each group."""
     found = []
@@ -323,6 +331,8 @@ ROWS: dict[str, Row] = {
     "training.best_metric": Row("bbox_AP", of_trainer("best_metric")),
     "training.ema_decay": Row(0.9, averaged),
     "training.early_stopping_patience": Row(1, stops_early),
+    "training.csv": Row(True, lambda c: c.trainer._csv),
+    "training.wandb": Row("project", wandb),
     "training.max_objects": Row(0, queries("train")),
     "training.augment": Row("color", pixels("train")),
     "training.resize": Row("official", pixels("train")),
@@ -360,6 +370,8 @@ ROWS: dict[str, Row] = {
     "trainer.adapter_freq": Row(2, saved),
     "trainer.save_every_steps": Row(7, lambda c: c.trainer._save_every_steps),
     "trainer.save_checkpoints": Row(False, saved),
+    "trainer.csv": Row(True, lambda c: c.trainer._csv),
+    "trainer.wandb": Row("project", wandb),
     "trainer.prepare": Row(
         {"_target_": "sam3_lora.training.render_demo_dataset", "folder": "{tmp}/drawn"},
         prepared,

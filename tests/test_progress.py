@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sam3_lora.report.history import read_history
+from sam3_lora.training.history import read_history
 from sam3_lora.training.launch import _result
 from sam3_lora.training.progress import PROGRESS_FILE, ProgressReader, append_event
 

@@ -24,11 +24,15 @@ Step = tuple[str, Mapping[str, Any], tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Advice:
-    """A change, and how much less peak memory and work of one pass it leads to; work may become more."""
+    """A change, and how much less peak memory and work of one pass it leads to; work may become more.
+
+    ``same_training``: the adapter learns from the same gradients, as far as rounding goes.
+    """
 
     change: str
     saves_bytes: int
     saves_flops: int
+    same_training: bool = False
 
 
 def advice_for(step: Step) -> tuple[Advice, ...]:
@@ -37,9 +41,15 @@ def advice_for(step: Step) -> tuple[Advice, ...]:
     advice = []
     for text, other in [*_other_levers(*step), *_smaller_batches(*step), *_smaller_presets(*step)]:
         other_bytes, other_flops = _cost(other)
-        advice.append(Advice(text, now_bytes - other_bytes, now_flops - other_flops))
+        same = text.startswith(("leave ", "training.batch_size"))
+        advice.append(Advice(text, now_bytes - other_bytes, now_flops - other_flops, same))
     worth = [change for change in advice if change.saves_bytes > _WORTH_SAYING * now_bytes]
     return tuple(sorted(worth, key=lambda change: -change.saves_bytes))
+
+
+def cheapest(advice: Iterable[Advice], count: int) -> list[Advice]:
+    """Return the changes that cost least: those that keep the training as it is, then those that save most."""
+    return sorted(advice, key=lambda change: (not change.same_training, -change.saves_bytes))[:count]
 
 
 def _cost(step: Step) -> tuple[int, int]:

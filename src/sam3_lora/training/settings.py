@@ -24,6 +24,7 @@ from sam3_lora.training.overrides import (
     values_of,
 )
 from sam3_lora.training.splits import SPLIT_KEYS
+from sam3_lora.training.wandb_settings import wandb_problems
 
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
@@ -115,6 +116,7 @@ def check_settings(settings: TrainSettings) -> None:
     problems = override_problems(settings.config, settings.preset) if settings.config else []
     problems += _disagreements(settings)
     problems += image_problems(settings.config, settings.base) + monitor_problems(settings.config)
+    problems += wandb_problems(settings.config.get("training.wandb"))
     if not problems:  # else one mistake would be told twice
         problems = prompt_problems(settings.config)
     if problems:
