@@ -68,7 +68,8 @@ def test_crowd_regions_are_fine(dataset):
 
 
 def test_polygons_are_fine(dataset):
-    dataset.edit(lambda d: [a.update(segmentation=[[1, 1, 30, 1, 30.5, 30]]) for a in d["annotations"]])
+    triangle = {"segmentation": [[1, 1, 30, 1, 30.5, 30]], "bbox": [1, 1, 29.5, 29]}
+    dataset.edit(lambda d: [a.update(triangle) for a in d["annotations"]])
     check_dataset(dataset.folder)
 
 
@@ -246,9 +247,9 @@ def test_many_problems_come_in_one_report_grouped_and_counted(dataset):
     {dataset.file()}: annotation 3 of 'image00001.png'
     ... and {count - 3} more
     -> add "iscrowd": 0 to each annotation, or 1 where a mask covers a crowd; the official loader reads it always
-  bad bbox
+  bbox of no size
     {dataset.file()}: annotation 1 of 'image00001.png': bbox [5, 5, 0, 9] has width 0 and height 9
-    -> boxes are [x, y, width, height] in pixels of the image, not x2, y2 and not shares of 1
+    -> draw the box again, make it from the mask or delete the annotation
   missing image file
     {dataset.folder}/valid/image00001.png (image 1 of {dataset.file("valid")})
     -> copy it there, or delete the image and its annotations from the file"""

@@ -49,6 +49,10 @@ class Findings:
         if len(examples) < EXAMPLES:
             examples.append(place)
 
+    def add_more(self, kind: Kind, count: int) -> None:
+        """Count places that are like those that were added."""
+        self._counts[kind] += count
+
     def problems(self) -> list[Problem]:
         """Return one problem per kind, in the order of discovery."""
         return [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam3_lora.cli.arguments import Parser
+from sam3_lora.cli import arguments
 
 if TYPE_CHECKING:
     from sam3_lora.data.check import DatasetReport
@@ -17,24 +18,42 @@ HELP: dict[str, Any] = {
     "epilog": """\
 examples:
   sam3-lora data check my_dataset
-  sam3-lora data check my_dataset --json
+  sam3-lora data check my_dataset --fix repaired
+  sam3-lora data check my_dataset --no-images --json
 
 The exit code is 1 if there are errors, which stop a training; warnings do not.""",
 }
 
 
-def add_options(parser: Parser) -> None:
+def add_options(parser: arguments.Parser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="dataset folder with train/ and valid/")
+    add("--fix", type=Path, metavar="OUT", help="also write a repaired copy, which must not exist yet")
+    add("--boxes", action="store_true", help="masks are not trained: boxes without 'segmentation' are enough")
+    add("--no-images", action="store_true", help="look at the annotation files only")
+    add(
+        "--processes",
+        type=arguments.count,
+        metavar="N",
+        help="to decode images in (default: one for each CPU core)",
+    )
     add("--json", action="store_true", help="print the problems as JSON")
     parser.set_defaults(run=_check)
 
 
 def _check(args: argparse.Namespace) -> None:
     from sam3_lora.cli import tables
+    from sam3_lora.cli.progress import stages_on_stderr
     from sam3_lora.data.check import examine_dataset
 
-    report = examine_dataset(args.folder)
+    with stages_on_stderr() as show:
+        report = examine_dataset(
+            args.folder,
+            masks=not args.boxes,
+            images="none" if args.no_images else "pixels",
+            processes=args.processes or len(os.sched_getaffinity(0)),
+            on_progress=show,
+        )
     if args.json:
         tables.print_json(report.as_dict())
     else:
