@@ -83,7 +83,7 @@ def check_dataset(
     splits: Sequence[str] = ("train", "valid"),
     *,
     train_split: str | None = "train",
-    masks: bool = True,
+    masks: bool | None = True,
 ) -> DatasetSummary:
     """Return what the dataset holds, once every file and every annotation is found usable.
 
@@ -93,15 +93,25 @@ def check_dataset(
         folder: The dataset, with a folder for each split.
         splits: Names of the splits to check.
         train_split: The one to train on; the others are measured, which needs more.
-        masks: Whether masks are trained; without, boxes are enough.
+        masks: Whether each annotation needs a ``segmentation``; ``None`` asks it of the splits where any has one.
 
     Raises:
         DataError: With all errors at once: how many of each kind, the first places, and what to do.
     """
-    report = examine_dataset(folder, splits, train_split=train_split, masks=masks)
-    if report.summary is None:
-        raise DataError(describe(f"{report.folder} cannot be used", report.errors))
-    return report.summary
+    return _summary_of(examine_dataset(folder, splits, train_split=train_split, masks=masks))
+
+
+def check_splits(
+    files: Mapping[str, tuple[Path, Path]], *, train_split: str | None = "train", masks: bool | None = True
+) -> DatasetSummary:
+    """Do what :func:`check_dataset` does for splits that lie anywhere.
+
+    Args:
+        files: Name of a split -> folder of its images, and its annotation file.
+        train_split: As there, and ``masks`` too.
+    """
+    folder = Path(next(iter(files.values()))[0])
+    return _summary_of(_examine(folder, files, Findings(), train_split=train_split, masks=masks))
 
 
 def examine_dataset(
@@ -109,7 +119,7 @@ def examine_dataset(
     splits: Sequence[str] = ("train", "valid"),
     *,
     train_split: str | None = "train",
-    masks: bool = True,
+    masks: bool | None = True,
     images: Images = "files",
     processes: int = 1,
     on_progress: OnProgress = lambda what, done, total: None,
@@ -117,7 +127,7 @@ def examine_dataset(
     """Return all that is wrong with a dataset, and raise only where there is no dataset to look at.
 
     Args:
-        folder, splits, train_split, masks: As for :func:`check_dataset`.
+        folder: As for :func:`check_dataset`, with ``splits``, ``train_split`` and ``masks``.
         images: How far image files are looked at; only with ``"pixels"`` the same picture in two splits is found.
         processes: Look at images in so many; with more than one, the main module must be safe to import.
         on_progress: Called after each entry of a file and each image.
@@ -126,10 +136,38 @@ def examine_dataset(
         DataError: If the folder does not exist, or is a file or a single split.
     """
     folder, found = Path(folder), Findings()
+    files = {
+        name: (folder / name, folder / name / ANNOTATION_FILE) for name in _present(folder, splits, found)
+    }
+    return _examine(
+        folder,
+        files,
+        found,
+        train_split=train_split,
+        masks=masks,
+        images=images,
+        processes=processes,
+        on_progress=on_progress,
+    )
+
+
+def _examine(
+    folder: Path,
+    files: Mapping[str, tuple[Path, Path]],
+    found: Findings,
+    *,
+    train_split: str | None,
+    masks: bool | None,
+    images: Images = "files",
+    processes: int = 1,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> DatasetReport:
     read: dict[str, SplitContents] = {}
-    for name, path in _annotation_files(folder, splits, found).items():
+    for name, (images_folder, annotation_file) in files.items():
         try:
-            read[name] = check_annotation_file(path, Needs(masks, name != train_split), found, on_progress)
+            path = find_annotation_file(images_folder, annotation_file)
+            needs = Needs(masks, measured=name != train_split)
+            read[name] = check_annotation_file(images_folder, path, needs, found, on_progress)
         except DataError as error:
             found.add(kinds.ANNOTATIONS, str(error))
     _compare_categories(read, found)
@@ -144,34 +182,37 @@ def examine_dataset(
     problems = tuple(sorted(found.problems(), key=lambda problem: problem.level))  # "error" < "warning"
     if any(problem.level == "error" for problem in problems):
         return DatasetReport(folder, problems, None)
-    return DatasetReport(
-        folder, problems, DatasetSummary(folder, {n: _summary(s) for n, s in read.items()}, problems)
-    )
+    summary = DatasetSummary(folder, {name: _summary(split) for name, split in read.items()}, problems)
+    return DatasetReport(folder, problems, summary)
+
+
+def _summary_of(report: DatasetReport) -> DatasetSummary:
+    if report.summary is None:
+        raise DataError(describe(f"{report.folder} cannot be used", report.errors))
+    return report.summary
 
 
 def _summary(split: SplitContents) -> SplitSummary:
     return SplitSummary(len(split.images), split.objects_per_prompt)
 
 
-def _annotation_files(folder: Path, names: Sequence[str], found: Findings) -> dict[str, Path]:
+def _present(folder: Path, names: Sequence[str], found: Findings) -> list[str]:
+    """Return the splits that have a folder, and add those that have none."""
     if not folder.is_dir():
         raise DataError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {kinds.LAYOUT}")
     if (folder / ANNOTATION_FILE).is_file() and not any((folder / name).is_dir() for name in names):
         raise DataError(f"{folder} is a single split; give the folder above it: {kinds.LAYOUT}")
-    files = {}
+    present = []
     for name in names:
-        if not (folder / name).is_dir():
-            others = sorted(
-                entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in names
-            )
-            hint = did_you_mean(name, others)
-            found.add(kinds.SPLIT, f"no folder {name!r} in {folder}{hint and hint + ' Then rename it'}")
+        if (folder / name).is_dir():
+            present.append(name)
             continue
-        try:
-            files[name] = find_annotation_file(folder / name)
-        except DataError as error:
-            found.add(kinds.ANNOTATIONS, str(error))
-    return files
+        others = sorted(
+            entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in names
+        )
+        hint = did_you_mean(name, others)
+        found.add(kinds.SPLIT, f"no folder {name!r} in {folder}{hint and hint + ' Then rename it'}")
+    return present
 
 
 def _compare_categories(splits: Mapping[str, SplitContents], found: Findings) -> None:

@@ -80,28 +80,33 @@ class Split:
         return counts
 
 
-def read_split(folder: Path) -> Split:
+def read_split(folder: Path, annotation_file: Path | None = None) -> Split:
     """Return the split that lies in a folder.
+
+    Args:
+        folder: Of its images.
+        annotation_file: Where it is not in that folder under its usual name.
 
     Raises:
         DataError: If the folder or its annotation file is missing or cannot be used.
     """
-    path = find_annotation_file(folder)
+    path = find_annotation_file(folder, annotation_file)
     document = read_coco(path)
     return Split(folder, path, document["images"], document["annotations"], document["categories"])
 
 
-def find_annotation_file(folder: Path) -> Path:
-    """Return the path of the annotation file of a split.
+def find_annotation_file(folder: Path, annotation_file: Path | None = None) -> Path:
+    """Return the path of the annotation file of a split, which is that of ``read_split``.
 
     Raises:
         DataError: If the folder or the file is missing.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder" if folder.exists() else f"no folder {folder}")
-    path = folder / ANNOTATION_FILE
+    path = annotation_file or folder / ANNOTATION_FILE
     if not path.is_file():
-        raise DataError(f"no {ANNOTATION_FILE!r} in {folder}{_other_json_files(folder)}")
+        hint = _other_json_files(path.parent) if path.parent.is_dir() else ""
+        raise DataError(f"no {path.name!r} in {path.parent}{hint}")
     return path
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sam3_lora.data import kinds
-from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.image_files import ImageFacts, read_facts
 from sam3_lora.data.problems import Findings, Kind
 from sam3_lora.data.similar import Signature, same_pictures
@@ -26,10 +25,7 @@ class _Task(NamedTuple):
     folder: str
     file_name: str
     size_hw: tuple[int, int] | None
-
-    @property
-    def listed_in(self) -> str:
-        return os.path.join(self.folder, ANNOTATION_FILE)
+    listed_in: str
 
 
 class _Result(NamedTuple):
@@ -55,7 +51,10 @@ def check_images(
         on_progress: Gets the number of images done and of all.
     """
     tasks = [
-        (name, _Task(key, str(contents.folder), image.file_name, image.size_hw))
+        (
+            name,
+            _Task(key, str(contents.folder), image.file_name, image.size_hw, str(contents.annotation_file)),
+        )
         for name, contents in splits.items()
         for key, image in contents.images.items()
         if image.file_name

@@ -36,7 +36,8 @@ FIELD = {
     ),
     "segmentation": Kind(
         "annotation without 'segmentation'",
-        "add polygons or RLE, or export as 'COCO Segmentation': boxes alone do not train masks",
+        "add polygons or RLE, or export as 'COCO Segmentation'; to train on boxes alone set "
+        "training.enable_segmentation=false",
     ),
     "area": Kind(
         "annotation without 'area'", "add the number of pixels of the mask: the evaluation sorts by it"

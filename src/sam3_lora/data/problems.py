@@ -53,6 +53,13 @@ class Findings:
         """Count places that are like those that were added."""
         self._counts[kind] += count
 
+    def update(self, other: Findings) -> None:
+        """Add what another one collected."""
+        for kind, count in other._counts.items():
+            for place in other._examples[kind]:
+                self.add(kind, place)
+            self.add_more(kind, count - len(other._examples[kind]))
+
     def problems(self) -> list[Problem]:
         """Return one problem per kind, in the order of discovery."""
         return [

@@ -12,7 +12,7 @@ from typing import Any
 from sam3_lora.data import kinds
 from sam3_lora.data.labels import Flaw, box_flaw, disagreement, segmentation_flaw
 from sam3_lora.data.names import poor_prompt
-from sam3_lora.data.problems import EXAMPLES, Findings, Kind
+from sam3_lora.data.problems import Findings, Kind
 from sam3_lora.data.stream import read_entries
 
 Entry = dict[str, Any]
@@ -35,14 +35,11 @@ class ImageEntry:
 class SplitContents:
     """What an annotation file holds, whatever is wrong with it."""
 
+    folder: Path  # that the file names of the images start from
     annotation_file: Path
     images: dict[int, ImageEntry] = field(default_factory=dict)
     categories: dict[int, str] = field(default_factory=dict)
     objects: Counter[int] = field(default_factory=Counter)  # of a category, without crowds
-
-    @property
-    def folder(self) -> Path:
-        return self.annotation_file.parent
 
     @property
     def objects_per_prompt(self) -> dict[str, int]:
@@ -52,21 +49,25 @@ class SplitContents:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a split is for: ``masks`` are trained or measured; ``measured`` splits need areas."""
+    """What a split is for: ``masks`` are trained or measured, ``None``: if it has any; ``measured`` splits need areas."""
 
-    masks: bool = True
+    masks: bool | None = True
     measured: bool = False
 
 
 def check_annotation_file(
-    path: Path, needs: Needs, found: Findings, on_progress: Callable[[str, int, int], None] = lambda *_: None
+    folder: Path,
+    path: Path,
+    needs: Needs,
+    found: Findings,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> SplitContents:
-    """Return what a COCO file holds, and add what is wrong with it, but for the image files.
+    """Return what a COCO file holds, and add what is wrong with it, but for the image files, which lie in ``folder``.
 
     Raises:
         DataError: If it cannot be read to its end.
     """
-    check = _SplitCheck(path, needs, found)
+    check = _SplitCheck(SplitContents(folder, path), needs, found)
     check.run(on_progress)
     return check.contents
 
@@ -87,14 +88,15 @@ def _short(value: object, length: int = 40) -> str:
 
 
 class _SplitCheck:
-    def __init__(self, path: Path, needs: Needs, found: Findings) -> None:
-        self.contents = SplitContents(path)
+    def __init__(self, contents: SplitContents, needs: Needs, found: Findings) -> None:
+        self.contents = contents
         self._needs = needs
         self._found = found
         self._counts: Counter[str] = Counter()
         self._ids: dict[str, set[int]] = {"images": set(), "annotations": set(), "categories": set()}
-        self._unknown: dict[object, list[str]] = {}
-        self._unknown_count: Counter[object] = Counter()
+        self._unknown = Findings()  # by category, as these may come later in the file
+        self._without_mask = Findings()
+        self._has_masks = False
 
     def run(self, on_progress: Callable[[str, int, int], None]) -> None:
         late = False
@@ -182,24 +184,29 @@ class _SplitCheck:
             return
         if not entry.get("iscrowd"):
             self.contents.objects[category] += 1
-        if category not in self.contents.categories:  # perhaps they come later in the file
-            self._unknown_count[category] += 1
-            places = self._unknown.setdefault(category, [])
-            if len(places) < EXAMPLES:
-                places.append(f"{place()} has category_id {category!r}")
+        if category not in self.contents.categories:
+            self._unknown.add(Kind(str(category), ""), f"{place()} has category_id {category!r}")
 
     def _check_fields(self, entry: Entry, place: Callable[[], str]) -> None:
         crowd, area = entry.get("iscrowd"), entry.get("area")
         if not (type(crowd) in (int, float, bool) and crowd in (0, 1)):
             said = "" if crowd is None else f" has {_short(crowd)}, which is neither 0 nor 1"
             self._add(kinds.FIELD["iscrowd"], place() + said)
-        for name in ("bbox", "segmentation") if self._needs.masks else ("bbox",):
-            if entry.get(name) is None:
-                self._add(kinds.FIELD[name], place())
+        if entry.get("bbox") is None:
+            self._add(kinds.FIELD["bbox"], place())
+        self._check_has_mask(entry, place)
         if area is None:
             self._add(kinds.FIELD["area"] if self._needs.measured else kinds.UNREAD_AREA, place())
         elif self._needs.measured and not _is_good_area(area):
             self._add(kinds.BAD_AREA, f"{place()} has area {_short(area)}")
+
+    def _check_has_mask(self, entry: Entry, place: Callable[[], str]) -> None:
+        if self._needs.masks is None and entry.get("segmentation"):
+            self._has_masks = True
+        elif self._needs.masks is None:
+            self._without_mask.add(kinds.FIELD["segmentation"], f"{self.contents.annotation_file}: {place()}")
+        elif self._needs.masks and entry.get("segmentation") is None:
+            self._add(kinds.FIELD["segmentation"], place())
 
     def _at_the_end(self) -> None:
         contents = self.contents
@@ -210,19 +217,23 @@ class _SplitCheck:
         ):
             if not self._counts[key]:
                 self._found.add(kind, str(contents.annotation_file))
-        for category in self._unknown.keys() - contents.categories.keys():
-            for place in self._unknown[category]:
-                self._add(kinds.UNKNOWN_CATEGORY, place)
-            rest = self._unknown_count[category] - len(self._unknown[category])
-            self._found.add_more(kinds.UNKNOWN_CATEGORY, rest)
+        for problem in self._unknown.problems():
+            if int(problem.kind) not in contents.categories:
+                for place in problem.examples:
+                    self._add(kinds.UNKNOWN_CATEGORY, place)
+                self._found.add_more(kinds.UNKNOWN_CATEGORY, problem.count - len(problem.examples))
+        if self._has_masks:
+            self._found.update(self._without_mask)
         _check_names(contents, self._add)
         _check_balance(contents, self._add)
         _check_file_names(contents, self._add)
 
 
-def _label_flaws(entry: Entry, size_hw: tuple[int, int], masks: bool) -> Iterator[tuple[str, Flaw]]:
-    box, segmentation = entry.get("bbox"), entry.get("segmentation") if masks else None
+def _label_flaws(entry: Entry, size_hw: tuple[int, int], masks: bool | None) -> Iterator[tuple[str, Flaw]]:
+    box, segmentation = entry.get("bbox"), entry.get("segmentation")
     flaw, edges = None, None
+    if masks is False or (masks is None and not segmentation):
+        segmentation = None
     if box is not None and (flaw := box_flaw(box, size_hw)):
         yield "bbox", flaw
     if segmentation is not None:
