@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any, Literal
 
 from sam3_lora.data import kinds
 from sam3_lora.data.coco import ANNOTATION_FILE, find_annotation_file
+from sam3_lora.data.contents import SplitContents
 from sam3_lora.data.image_check import check_images
 from sam3_lora.data.problems import Findings, Problem, describe
-from sam3_lora.data.split_check import Needs, SplitContents, check_annotation_file
+from sam3_lora.data.split_check import Needs, check_annotation_file
 from sam3_lora.errors import DataError, did_you_mean
+
+_LOG = logging.getLogger(__name__)
 
 #: How far image files are looked at: not at all, that they are whole, or every pixel, which takes longer.
 Images = Literal["none", "files", "pixels"]
@@ -73,8 +78,11 @@ class DatasetReport:
 
     def verdict(self) -> str:
         """Return the result in one line."""
-        counts = [sum(p.count for p in problems) for problems in (self.errors, self.warnings)]
-        found = f"{counts[0]} errors, {counts[1]} warnings"
+        counts = [sum(problem.count for problem in problems) for problems in (self.errors, self.warnings)]
+        found = ", ".join(
+            f"{count} {noun}{'' if count == 1 else 's'}"
+            for count, noun in zip(counts, ("error", "warning"), strict=True)
+        )
         return f"{self.folder} can{'' if self.ok else 'not'} be used: {found}"
 
 
@@ -122,7 +130,7 @@ def examine_dataset(
     masks: bool | None = True,
     images: Images = "files",
     processes: int = 1,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress | None = None,
 ) -> DatasetReport:
     """Return all that is wrong with a dataset, and raise only where there is no dataset to look at.
 
@@ -151,6 +159,14 @@ def examine_dataset(
     )
 
 
+def log_warnings(summary: DatasetSummary) -> None:
+    """Log what was found in a dataset that does not stop a training, a line for each kind."""
+    if summary.warnings:
+        lines = [f"  {problem.kind} ({problem.count}): {problem.examples[0]}" for problem in summary.warnings]
+        more = f"More: sam3-lora data check {shlex.quote(str(summary.folder))}"
+        _LOG.warning("\n".join([f"Warnings about {summary.folder}:", *lines, more]))
+
+
 def _examine(
     folder: Path,
     files: Mapping[str, tuple[Path, Path]],
@@ -160,14 +176,15 @@ def _examine(
     masks: bool | None,
     images: Images = "files",
     processes: int = 1,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress | None = None,
 ) -> DatasetReport:
+    show = on_progress or (lambda what, done, total: None)
     read: dict[str, SplitContents] = {}
     for name, (images_folder, annotation_file) in files.items():
         try:
             path = find_annotation_file(images_folder, annotation_file)
             needs = Needs(masks, measured=name != train_split)
-            read[name] = check_annotation_file(images_folder, path, needs, found, on_progress)
+            read[name] = check_annotation_file(images_folder, path, needs, found, show)
         except DataError as error:
             found.add(kinds.ANNOTATIONS, str(error))
     _compare_categories(read, found)
@@ -177,7 +194,7 @@ def _examine(
             found,
             pixels=images == "pixels",
             processes=processes,
-            on_progress=lambda done, total: on_progress("images", done, total),
+            on_progress=lambda done, total: show("images", done, total),
         )
     problems = tuple(sorted(found.problems(), key=lambda problem: problem.level))  # "error" < "warning"
     if any(problem.level == "error" for problem in problems):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sam3_lora.data import kinds
+from sam3_lora.data.contents import SplitContents
 from sam3_lora.data.image_files import ImageFacts, read_facts
 from sam3_lora.data.problems import Findings, Kind
 from sam3_lora.data.similar import Signature, same_pictures
-from sam3_lora.data.split_check import SplitContents
 from sam3_lora.errors import DataError
 
 _CHUNK = 32  # images that a process takes at once
@@ -97,7 +97,7 @@ def _examine_all(tasks: Iterable[_Task], pixels: bool) -> list[_Result]:
 
 def _examine(task: _Task, pixels: bool) -> _Result:
     path = Path(task.folder, task.file_name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises for names that no file can have
         return _Result([(kinds.MISSING_IMAGE, _missing(task, path))], None)
     flaws = list(_path_flaws(task, path))
     try:
@@ -109,17 +109,12 @@ def _examine(task: _Task, pixels: bool) -> _Result:
 
 def _missing(task: _Task, path: Path) -> str:
     here = Path(task.folder, Path(task.file_name.replace("\\", "/")).name)
-    said = f"{path} (image {task.image_id} of {task.listed_in})"
-    try:
-        other_case = [e.name for e in path.parent.iterdir() if e.name.casefold() == path.name.casefold()]
-    except (OSError, ValueError):
-        other_case = []
-    if other_case:
-        return f"{said}; there is {other_case[0]!r}, which differs by case"
-    try:
-        beside = here.is_file()
-    except (OSError, ValueError):
-        beside = False
+    said = f"{str(path)[:300]} (image {task.image_id} of {task.listed_in})"
+    if os.path.isdir(path.parent):
+        same = [name for name in os.listdir(path.parent) if name.casefold() == path.name.casefold()]
+        if same:
+            return f"{said}; there is {same[0]!r}, which differs by case"
+    beside = os.path.isfile(here)
     return f"{said}; there is {here.name!r}, and 'file_name' is relative to {task.folder}" if beside else said
 
 

@@ -28,7 +28,8 @@ _THUMBNAIL = (256, 256)  # at least; a JPEG decodes to it at once
 @dataclass(frozen=True)
 class ImageFacts:
     """What an image file is, as it is stored: ``size_hw`` and ``mode`` as Pillow opens it, the ``orientation`` of its EXIF
-    data (1 to 8), whether it has an ``alpha`` channel, and the signature of its picture, if that was decoded."""
+    data (1 to 8), whether it has an ``alpha`` channel (that is not opaque, if it was decoded), and then the signature of its
+    picture."""
 
     size_hw: tuple[int, int]
     mode: str
@@ -58,6 +59,7 @@ def read_facts(path: Path, pixels: bool = False) -> ImageFacts:
         if pixels:
             image.draft("RGB", _THUMBNAIL)  # all of the file is read all the same
             found = signature(to_thumbnail(image))
+            alpha = alpha and image.convert("RGBA").getextrema()[3][0] < 255
         elif image.format == "PNG":
             image.verify()  # the checksum of every chunk, up to the last
         elif image.format not in _JPEG or not _has_jpeg_end(path):

@@ -24,7 +24,7 @@ def poor_prompt(name: str) -> str:
         return "says nothing about what is seen"
     if "_" in name or (len(words) == 1 and name.count("-") > 1):
         return "has underscores or hyphens for spaces"
-    if re.search(r"[a-z][A-Z]", name):
+    if re.search(r"[a-z]{2}[A-Z]", name):
         return "has capitals for spaces"
     if len(plain) < 2:
         return "is too short to be a word"

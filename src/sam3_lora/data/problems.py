@@ -33,7 +33,8 @@ class Problem:
     def __str__(self) -> str:
         more = [f"... and {self.count - len(self.examples)} more"] if self.count > len(self.examples) else []
         heading = f"{self.kind} ({self.count})" if self.count > 1 else self.kind
-        return "\n  ".join([heading, *self.examples, *more, f"-> {self.fix}"])
+        fix = [f"-> {self.fix}"] if self.fix else []
+        return "\n  ".join([heading, *self.examples, *more, *fix])
 
 
 @dataclass

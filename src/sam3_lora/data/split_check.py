@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sam3_lora.data import kinds
+from sam3_lora.data.contents import ImageEntry, SplitContents, check_contents
 from sam3_lora.data.labels import Flaw, box_flaw, disagreement, segmentation_flaw
-from sam3_lora.data.names import poor_prompt
 from sam3_lora.data.problems import Findings, Kind
 from sam3_lora.data.stream import read_entries
 
@@ -19,32 +19,6 @@ Entry = dict[str, Any]
 
 _TINY = 8.0  # pixels at SAM3's resolution, of the side of a square of the box's area
 _RESOLUTION = 1008
-_IMBALANCE = 20  # times as many objects as the rarest category has
-
-
-@dataclass
-class ImageEntry:
-    """What is kept of an image: its name (``""`` if it has none), its size if it has one, and how many objects it has."""
-
-    file_name: str
-    size_hw: tuple[int, int] | None
-    objects: int = 0
-
-
-@dataclass
-class SplitContents:
-    """What an annotation file holds, whatever is wrong with it."""
-
-    folder: Path  # that the file names of the images start from
-    annotation_file: Path
-    images: dict[int, ImageEntry] = field(default_factory=dict)
-    categories: dict[int, str] = field(default_factory=dict)
-    objects: Counter[int] = field(default_factory=Counter)  # of a category, without crowds
-
-    @property
-    def objects_per_prompt(self) -> dict[str, int]:
-        """How many objects each category has, in the official loader's order."""
-        return {name: self.objects[key] for key, name in sorted(self.categories.items())}
 
 
 @dataclass(frozen=True)
@@ -164,7 +138,9 @@ class _SplitCheck:
         image = self.contents.images.get(image_id) if type(image_id) is int else None
 
         def place() -> str:
-            return f"annotation {_short(entry.get('id'))}" + (f" of {image.file_name!r}" if image else "")
+            return f"annotation {_short(entry.get('id'))}" + (
+                f" of {_short(image.file_name, 200)}" if image else ""
+            )
 
         if image is None:
             self._add(kinds.UNKNOWN_IMAGE, f"{place()} has image_id {_short(image_id)}")
@@ -224,9 +200,7 @@ class _SplitCheck:
                 self._found.add_more(kinds.UNKNOWN_CATEGORY, problem.count - len(problem.examples))
         if self._has_masks:
             self._found.update(self._without_mask)
-        _check_names(contents, self._add)
-        _check_balance(contents, self._add)
-        _check_file_names(contents, self._add)
+        check_contents(contents, self._add)
 
 
 def _label_flaws(entry: Entry, size_hw: tuple[int, int], masks: bool | None) -> Iterator[tuple[str, Flaw]]:
@@ -256,49 +230,3 @@ def _is_good_area(area: object) -> bool:
         return math.isfinite(area) and area >= 0  # type: ignore[operator, arg-type]
     except OverflowError:
         return False
-
-
-_Add = Callable[[Kind, str], None]
-
-
-def _check_names(contents: SplitContents, add: _Add) -> None:
-    seen: dict[str, int] = {}
-    for key, name in contents.categories.items():
-        prompt = " ".join(name.lower().split())  # all that SAM3's tokenizer sees of it
-        if not prompt:
-            continue
-        if prompt in seen:
-            add(kinds.DUPLICATE_NAME, f"categories {seen[prompt]!r} and {key!r} are both {prompt!r}")
-        elif why := poor_prompt(name):
-            add(kinds.POOR_NAME, f"category {key}, {name!r}, {why}")
-        seen.setdefault(prompt, key)
-
-
-def _check_balance(contents: SplitContents, add: _Add) -> None:
-    counts = {key: contents.objects[key] for key in contents.categories}
-    used = {key: count for key, count in counts.items() if count}
-    if not used:
-        return
-    for key, count in counts.items():
-        if not count:
-            add(kinds.UNUSED_CATEGORY, f"category {key}, {contents.categories[key]!r}")
-    commonest = max(used, key=lambda key: used[key])
-    for key, count in used.items():
-        if used[commonest] >= _IMBALANCE * count:
-            names = [f"{contents.categories[k]!r}: {used[k]} objects" for k in (key, commonest)]
-            add(kinds.IMBALANCE, " against ".join(names))
-    for key, image in contents.images.items():
-        if not image.objects:
-            add(kinds.NO_OBJECTS_IN_IMAGE, f"image {key} ({image.file_name!r})")
-
-
-def _check_file_names(contents: SplitContents, add: _Add) -> None:
-    seen: dict[str, str] = {}
-    for image in contents.images.values():
-        first = seen.setdefault(image.file_name.casefold(), image.file_name)
-        if first != image.file_name:
-            add(kinds.SAME_BUT_CASE, f"{first!r} and {image.file_name!r}")
-    counts = Counter(image.file_name for image in contents.images.values() if image.file_name)
-    for name, count in counts.items():
-        if count > 1:
-            add(kinds.LISTED_TWICE, f"{name!r}, {count} times")

@@ -21,16 +21,22 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_entries(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def read_entries(path: Path, byte_order_mark: bool = False) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield each entry of the three lists of a COCO file, in the order of the file, as (name of the list, position, entry).
 
     Entries are objects, whatever they hold; all else of the file is passed over.
+
+    Args:
+        path: The file.
+        byte_order_mark: Let the file begin with one, which the official loader refuses.
 
     Raises:
         DataError: If the file cannot be read, is not whole, or is not a COCO document; perhaps after many entries.
     """
     with _problems_named(path), path.open("rb") as file:
         text = _Text(file)
+        if byte_order_mark and text.peek() == "\ufeff":
+            text.take("\ufeff")
         found = set()
         for key in _keys(text):
             if key not in LISTS:

@@ -11,6 +11,7 @@ from sam3_lora.cli import arguments
 
 if TYPE_CHECKING:
     from sam3_lora.data.check import DatasetReport
+    from sam3_lora.data.repair import Repair
 
 HELP: dict[str, Any] = {
     "help": "find everything that is wrong with a dataset",
@@ -21,7 +22,7 @@ examples:
   sam3-lora data check my_dataset --fix repaired
   sam3-lora data check my_dataset --no-images --json
 
-The exit code is 1 if there are errors, which stop a training; warnings do not.""",
+The exit code is 1 if there are errors, which stop a training, and no --fix that left none; warnings do not count.""",
 }
 
 
@@ -45,7 +46,11 @@ def _check(args: argparse.Namespace) -> None:
     from sam3_lora.cli import tables
     from sam3_lora.cli.progress import stages_on_stderr
     from sam3_lora.data.check import examine_dataset
+    from sam3_lora.data.repair import check_repair_output, repair_dataset
 
+    repair = None
+    if args.fix is not None:
+        check_repair_output(args.folder, args.fix)
     with stages_on_stderr() as show:
         report = examine_dataset(
             args.folder,
@@ -54,11 +59,16 @@ def _check(args: argparse.Namespace) -> None:
             processes=args.processes or len(os.sched_getaffinity(0)),
             on_progress=show,
         )
-    if args.json:
-        tables.print_json(report.as_dict())
-    else:
+    if not args.json:
         _print_report(report)
-    if not report.ok:
+    if args.fix is not None:
+        with stages_on_stderr() as show:
+            repair = repair_dataset(args.folder, args.fix, masks=not args.boxes, on_progress=show)
+    if args.json:
+        tables.print_json(report.as_dict() | ({"repaired": repair.as_dict()} if repair else {}))
+    elif repair:
+        _print_repair(repair)
+    if not (report.ok or repair):
         raise SystemExit(1)
 
 
@@ -66,3 +76,10 @@ def _print_report(report: DatasetReport) -> None:
     for problem in report.problems:
         print(f"{problem.level}: {problem}\n")
     print(report.verdict())
+
+
+def _print_repair(repair: Repair) -> None:
+    print()
+    for each in repair.done:
+        print(f"done: {each}\n")
+    print(repair.report.verdict())
