@@ -231,3 +231,23 @@ def test_values_nested_900_deep_are_named_in_short(dataset):
     report = dataset.report()
     assert "bad bbox" in report
     assert len(report) < 5000
+
+
+def test_names_cannot_do_anything_to_a_terminal(dataset):
+    dataset.edit(first("images", file_name="\x1b[31m\nred \udcff.png"))
+    report = dataset.report()
+    assert r"\x1b[31m\nred \udcff.png" in report
+    assert "\x1b" not in report
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        pytest.param(first("images", width=10**400), "image without 'width' and 'height'", id="width of 400 digits"),
+        pytest.param(first("images", id=10**30), "entry without a whole number as 'id'", id="id of 30 digits"),
+        pytest.param(first("annotations", bbox=[10**400, 1, 2, 3]), "bbox with NaN or an infinite number", id="box"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_tensor_can_hold(change, kind, dataset):
+    dataset.edit(change)
+    assert kind in dataset.report()

@@ -48,7 +48,7 @@ class Findings:
         self._counts[kind] = self._counts.get(kind, 0) + 1
         examples = self._examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
-            examples.append(place)
+            examples.append(_printable(place))
 
     def add_more(self, kind: Kind, count: int) -> None:
         """Count places that are like those that were added."""
@@ -76,3 +76,10 @@ def describe(title: str, problems: Sequence[Problem]) -> str:
         (problem,) = problems
         return f"{title}: {problem.kind}: {problem.examples[0]}\n  -> {problem.fix}"
     return "\n".join([f"{title}: {total} problems", *("  " + str(p).replace("\n", "\n  ") for p in problems)])
+
+
+def _printable(text: str) -> str:
+    """Return a text without what a file name could do to a terminal, or a terminal cannot show."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

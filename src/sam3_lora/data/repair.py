@@ -275,10 +275,8 @@ class _SplitRepair:
 
 def as_id(value: object) -> int | None:
     """Return the whole number that an id stands for, also in text."""
-    if type(value) is int:
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
-        return int(value)
-    return None
+    if (isinstance(value, float) and value.is_integer()) or (
+        isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 20
+    ):
+        value = int(value)
+    return value if type(value) is int and abs(value) < 1 << 63 else None

@@ -49,7 +49,7 @@ def check_annotation_file(
 def size_hw_of(image: Entry) -> tuple[int, int] | None:
     """Return height and width of an entry of 'images', if it has good ones."""
     height, width = image.get("height"), image.get("width")
-    if type(height) is int and type(width) is int and min(height, width) > 0:
+    if type(height) is int and type(width) is int and min(height, width) > 0 and max(height, width) < 1 << 31:
         return height, width
     return None
 
@@ -101,7 +101,7 @@ class _SplitCheck:
     def _new_id(self, key: str, position: int, entry: Entry) -> int | None:
         """Return the id of an entry if it is a good one and the first of its kind."""
         value, noun = entry.get("id"), {"categories": "category"}.get(key, key[:-1])
-        if type(value) is not int:
+        if type(value) is not int or abs(value) >= 1 << 63:
             self._add(kinds.FIELD["id"], f"{noun} at position {position} has id {_short(value)}")
         elif value in self._ids[key]:
             self._add(kinds.DUPLICATE_ID, f"{noun} {value}")
