@@ -122,6 +122,7 @@ class Launch:
             metrics={"bbox_AP50": 0.8123, "segm_AP50": 0.7},
             trainable_parameters=4_128_768,
             total_parameters=840_000_000,
+            stopped_early=3 if settings.config.get("training.early_stopping_patience") else None,
             report=Path("runs/my run/report.html") if settings.report else None,
         )
 
@@ -248,9 +249,18 @@ def test_json_is_all_that_goes_to_standard_output(launch, capsys):
         "metrics": {"bbox_AP50": 0.8123, "segm_AP50": 0.7},
         "trainable_parameters": 4_128_768,
         "total_parameters": 840_000_000,
+        "stopped_early": None,
         "report": "runs/my run/report.html",
     }
     assert "epoch 1/2  step 1/4  loss 1" in captured.err
+
+
+def test_a_run_that_stopped_early_says_so_at_its_end(launch, capsys):
+    launch()
+    assert main([*TRAIN, "training.early_stopping_patience=2"]) == 0
+    assert (
+        "Stopped early  after epoch 3: no rise of the best metric for long enough" in capsys.readouterr().out
+    )
 
 
 def test_progress_outside_a_terminal_is_a_line_per_validation(launch, capsys):

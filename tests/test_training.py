@@ -101,11 +101,17 @@ def test_the_log_says_what_is_in_force(run):
     for line in (
         "Adapter: 68 modules, 133,120 of 5,038,310 parameters (2.642%)",
         "Precision: float32 on cpu",
-        "an image",
+        ", 4 prompts an image",
+        "Verified negatives: 12 of 12 images",
         "Learning rate: ",
     ):
         assert line in log
     assert (run[0].trainable_parameters, run[0].total_parameters) == (133_120, 5_038_310)
+
+
+def test_validation_predicts_nothing_without_a_category(run):
+    for file in (run[0].output / "dumps").rglob("coco_predictions_*.json"):
+        assert {result["category_id"] for result in json.loads(file.read_text())} == {1, 2, 3}
 
 
 def test_progress_counts_epochs_and_steps_and_ends_with_metrics(run):

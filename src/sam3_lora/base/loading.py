@@ -30,7 +30,7 @@ def load_base(
         device: Where to put it; ``None`` takes CUDA when there is one, else the CPU.
         eval_mode: ``False`` returns it in training mode. The full-size model has the matcher that training needs
             only then.
-        enable_segmentation: Build the segmentation head. The tiny model always has it.
+        enable_segmentation: Build the segmentation head; without it the model gives boxes only.
         quantization: Hold the Linears of both encoders in 8 or 4 bits: ``int8``, ``bnb-8bit`` or ``bnb-4bit``, see
             :func:`sam3_lora.base.quantization.quantize_base`. They must stay frozen.
 
@@ -43,6 +43,7 @@ def load_base(
     enable_cpu_training()
     if name == "tiny":
         model = tiny.load_tiny_sam3(eval_mode=eval_mode)
+        model.segmentation_head = model.segmentation_head if enable_segmentation else None
     elif checkpoint is None:
         model = official.build_random_sam3(eval_mode=eval_mode, enable_segmentation=enable_segmentation)
     else:

@@ -164,7 +164,9 @@ def _print_guards(result: Evaluation) -> None:
             "Verdict": f"{name}: {report.verdict}",
             "Asked": f"{report.images} images for {report.phrases} things that they do not show",
         }
-        most = [f"{phrase} {before:.0%} -> {after:.0%}" for phrase, (before, after) in report.fires_most.items()]
+        most = [
+            f"{phrase} {before:.0%} -> {after:.0%}" for phrase, (before, after) in report.fires_most.items()
+        ]
         tables.print_facts({**facts, "Fires most": ", ".join(most)} if most else facts)
 
 

@@ -124,8 +124,13 @@ def _announce_costs(settings: TrainSettings) -> None:
 
     if settings.base == "tiny":
         return
-    memory = {k.removeprefix("memory."): v for k, v in settings.config.items() if k.startswith("memory.")}
+    memory, asking = (
+        {key.removeprefix(block): value for key, value in settings.config.items() if key.startswith(block)}
+        for block in ("memory.", "prompts.")
+    )
     try:
+        if settings.config.get("training.enable_segmentation") is False:
+            raise ConfigError("steps were counted with masks only; boxes alone need less")
         if settings.overrides or settings.config.get("base.quantization"):
             raise ConfigError("only presets and bases as they are shipped were counted")
         found = estimate(
@@ -134,6 +139,7 @@ def _announce_costs(settings: TrainSettings) -> None:
             batch=settings.batch_size or _whole(settings.config.get("training.batch_size"), 1),
             memory=memory,
             max_objects=_whole(settings.config.get("training.max_objects"), MAX_OBJECTS),
+            asking=asking,
         )
     except DataError:
         return
@@ -218,6 +224,7 @@ def _print_result(result: TrainResult, as_json: bool) -> None:
                 "metrics": dict(result.metrics),
                 "trainable_parameters": result.trainable_parameters,
                 "total_parameters": result.total_parameters,
+                "stopped_early": result.stopped_early,
                 "report": None if result.report is None else str(result.report),
             }
         )
@@ -225,6 +232,10 @@ def _print_result(result: TrainResult, as_json: bool) -> None:
     adapter, logs = tables.short_path(result.adapter), tables.short_path(result.output / "tensorboard")
     tables.print_metrics("Best adapter on valid/", {"adapter": result.metrics})
     report = {} if result.report is None else {"Report": tables.short_path(result.report)}
+    if result.stopped_early is not None:
+        report["Stopped early"] = (
+            f"after epoch {result.stopped_early}: no rise of the best metric for long enough"
+        )
     tables.print_facts(
         {
             "Trained": tables.share_of_parameters(result.trainable_parameters, result.total_parameters),

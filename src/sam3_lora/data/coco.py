@@ -70,6 +70,11 @@ class Split:
         return tuple(category["name"] for category in sorted(self.categories, key=lambda c: c["id"]))
 
     @property
+    def has_masks(self) -> bool:
+        """Whether any annotation has a segmentation."""
+        return any(annotation.get("segmentation") for annotation in self.annotations)
+
+    @property
     def objects_per_prompt(self) -> dict[str, int]:
         """How many objects each prompt has; crowd regions are not counted, as the trainer drops them."""
         names = {category["id"]: category["name"] for category in self.categories}

@@ -210,8 +210,10 @@ class _SplitCheck:
 def _label_flaws(entry: Entry, size_hw: tuple[int, int], masks: bool | None) -> Iterator[tuple[str, Flaw]]:
     box, segmentation = entry.get("bbox"), entry.get("segmentation")
     flaw, edges = None, None
-    if masks is False or (masks is None and not segmentation):
-        segmentation = None
+    if masks is not True and not segmentation:
+        segmentation = (
+            None  # but what is there must be good: the official loader reads it, whether it is trained or not
+        )
     if box is not None and (flaw := box_flaw(box, size_hw)):
         yield "bbox", flaw
     if segmentation is not None:

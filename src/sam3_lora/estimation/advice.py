@@ -70,7 +70,7 @@ def _smaller_batches(
         text = f"training.batch_size=1, and {batch} x as many training.gradient_accumulation_steps"
         yield text, (preset, levers, (prompts, objects, 1))
     if prompts > 1:
-        text = f"fewer categories in the dataset: each is a prompt of every image ({prompts // 2} instead of {prompts})"
+        text = f"fewer prompts an image ({prompts // 2} instead of {prompts}): lower prompts.max_prompts_per_image"
         yield text, (preset, levers, (prompts // 2, objects, batch))
     if objects > 1:
         text = f"fewer objects in an image ({objects // 2} instead of {objects}): cut images up, or lower training.max_objects"

@@ -44,7 +44,8 @@ _CONFIDENT = (
 class Scores:
     """What a model reaches on a split or on one class of it, each 0 to 1 (``IL_MCC`` and ``cgF1`` from -1).
 
-    All are ``None`` for a class without objects, where none of them is defined.
+    All are ``None`` for a class without objects, where none of them is defined. Without masks, in the annotations or of
+    the model, those of ``segm`` are ``None``, and mean IoU and cgF1 are of the boxes.
 
     Attributes:
         bbox_AP50: Average precision of the boxes at IoU 0.50. ``bbox_AP75``: at 0.75. ``bbox_AP``: over 0.50 to 0.95.
@@ -115,10 +116,11 @@ def score_predictions(annotation_file: Path, predictions: Sequence[CocoResult]) 
     truth = read_truth(annotation_file)
     names = {key: truth.cats[key]["name"] for key in sorted(truth.cats)}
     columns: dict[str, _Column] = {}
-    for iou_type in IOU_TYPES:
+    compared: tuple[IouType, ...] = IOU_TYPES if has_masks(truth, predictions) else ("bbox",)
+    for iou_type in compared:
         columns |= _average_precision(coco_eval(truth, predictions, iou_type), iou_type)
     columns["mean_IoU"] = _mean_iou(truth, predictions)
-    split, classes = _cgf1_of_all_and_each(annotation_file, predictions, "segm")
+    split, classes = _cgf1_of_all_and_each(annotation_file, predictions, compared[-1])
     for name in ("cgF1", "IL_MCC", "positive_micro_F1"):
         columns[name] = _Column(split[name], {key: values[name] for key, values in classes.items()})
     with_objects = {a["category_id"] for a in truth.anns.values() if not a.get("iscrowd", 0)}
@@ -132,6 +134,12 @@ def score_predictions(annotation_file: Path, predictions: Sequence[CocoResult]) 
     return ModelEvaluation(overall, per_class, predictions)
 
 
+def has_masks(truth: COCO, predictions: Iterable[CocoResult]) -> bool:
+    """Return whether both sides have masks to compare; a dataset and a model may have boxes only."""
+    objects = truth.anns.values()
+    return all(entry.get("segmentation") for entries in (objects, predictions) for entry in entries)
+
+
 def coco_eval(truth: COCO, predictions: Iterable[CocoResult], iou_type: IouType) -> COCOeval:
     """Return pycocotools' evaluation of the predictions, run to its end."""
     with silence():
@@ -143,20 +151,27 @@ def coco_eval(truth: COCO, predictions: Iterable[CocoResult], iou_type: IouType)
     return evaluation
 
 
+def compared_at_half(annotation_file: Path, predictions: Iterable[CocoResult]) -> COCOeval:
+    """Return pycocotools' comparison at IoU 0.5, not yet accumulated: of masks, or of boxes where there are no masks."""
+    truth, predictions = read_truth(annotation_file), [dict(result) for result in predictions]
+    iou_type = "segm" if has_masks(truth, predictions) else "bbox"
+    with silence():
+        evaluation = COCOeval(truth, truth.loadRes(predictions), iou_type)
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+    return evaluation
+
+
 def ap50_of_draws(
-    annotation_file: Path, predictions: Iterable[CocoResult], iou_type: IouType = "segm"
+    annotation_file: Path, predictions: Iterable[CocoResult]
 ) -> tuple[int, Callable[[NDArray[np.intp]], float]]:
     """Return the number of images, and a function that gives the AP50 of a draw of them.
 
     The function takes ``(images,)`` places, some more than once, and gives 0 to 1; objects and predictions are compared
     only once, before.
     """
-    truth = read_truth(annotation_file)
-    with silence():
-        evaluation = COCOeval(truth, truth.loadRes([dict(result) for result in predictions]), iou_type)
-        evaluation.params.iouThrs = np.array([0.5])
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.evaluate()
+    evaluation = compared_at_half(annotation_file, predictions)
     images, classes = len(evaluation.params.imgIds), len(evaluation.params.catIds)
     compared = np.empty(classes * images, dtype=object)
     compared[:] = evaluation.evalImgs

@@ -32,6 +32,6 @@ def checked_split(data: Path, split: str | Path) -> Path:
         )
         raise DataError(f"no split {str(split)!r} in {data}{did_you_mean(str(split), splits) or known}")
     folder = folder.resolve() if folder.name in ("", "..") else folder
-    check_dataset(folder.parent, [folder.name], train_split=None)
+    check_dataset(folder.parent, [folder.name], train_split=None, masks=None)
     read_truth(folder / ANNOTATION_FILE)
     return folder

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval
 
-from sam3_lora.evaluation.batches import silence
-from sam3_lora.evaluation.scores import CocoResult, IouType, read_truth
+from sam3_lora.evaluation.scores import CocoResult, compared_at_half
 
-_IOU = 0.5
 _FEWEST_OBJECTS = 5  # fewer say too little about where to cut
 
 
@@ -34,9 +31,7 @@ class Threshold:
     objects: int
 
 
-def best_thresholds(
-    annotation_file: Path, predictions: Iterable[CocoResult], iou_type: IouType = "segm"
-) -> dict[str, Threshold]:
+def best_thresholds(annotation_file: Path, predictions: Iterable[CocoResult]) -> dict[str, Threshold]:
     """Return the best threshold of each class by prompt, for those with five objects or more.
 
     It lies half way between the last score that is taken and the first that is not. Where several do equally well it is
@@ -44,25 +39,19 @@ def best_thresholds(
 
     Args:
         annotation_file: COCO JSON; its images hold each class or not, so that false alarms in images without it count.
-        predictions: COCO results with all scores, also those below 0.5.
-        iou_type: What is compared.
+        predictions: COCO results with all scores, also those below 0.5; without masks, boxes are compared.
 
     Raises:
         DataError: If the split has no object.
     """
-    truth = read_truth(annotation_file)
-    with silence():
-        evaluation = COCOeval(truth, truth.loadRes([dict(result) for result in predictions]), iou_type)
-        evaluation.params.iouThrs = np.array([_IOU])
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.evaluate()
+    evaluation = compared_at_half(annotation_file, predictions)
     images = len(evaluation.params.imgIds)
     found: dict[str, Threshold] = {}
     for place, category in enumerate(evaluation.params.catIds):
         compared = [c for c in evaluation.evalImgs[place * images : (place + 1) * images] if c is not None]
         objects = sum(int((np.asarray(c["gtIgnore"]) == 0).sum()) for c in compared)
         if objects >= _FEWEST_OBJECTS:
-            found[truth.cats[category]["name"]] = _best(*_scored(compared), objects)
+            found[evaluation.cocoGt.cats[category]["name"]] = _best(*_scored(compared), objects)
     return found
 
 

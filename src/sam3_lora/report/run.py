@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from sam3_lora.report.facts import amount_of, prompts_in_words, size_on_disk
 from sam3_lora.report.history import History, ReportError, read_history
 from sam3_lora.report.page import REPORT_FILE, write_report
 from sam3_lora.report.pictures import choose_pictures
+from sam3_lora.training.monitor import METRICS
+from sam3_lora.training.monitored import BEST_DUMPS
 from sam3_lora.training.progress import BEST_METRICS_FILE
 from sam3_lora.training.splits import split_files
-from sam3_lora.training.trainer import BEST_DUMPS, METRICS
 
 _BASE_NOTE = "base: measured after the training, on the same images and with the same settings as the validations of the run."
 
@@ -64,7 +65,7 @@ def report_of_run(
     train, valid = _splits(config, None if dataset is None else Path(dataset))
     if models is None:
         adapter = _best_validation(run_folder, history)  # first: it is the one that may be missing
-        models = {"base": _measure_base(config, valid, on_progress), "adapter": adapter}
+        models = {"base": _measure_base(config, valid, adapter.metrics, on_progress), "adapter": adapter}
     return write_report(
         run_folder / REPORT_FILE,
         title=title or f"Training run “{run_folder.resolve().name}”",
@@ -103,8 +104,12 @@ def _config(run_folder: Path) -> dict[str, Any]:
 def _best_validation(run_folder: Path, history: History) -> Measured:
     """Return what the trainer measured when it saved ``adapters/best``; other dumps are of its last validation."""
     metrics_file = run_folder / "logs" / BEST_METRICS_FILE
-    predictions = run_folder / "dumps" / BEST_DUMPS / "coco_predictions_segm.json"
-    if not metrics_file.is_file() or not predictions.is_file():
+    dumps = [
+        run_folder / "dumps" / BEST_DUMPS / f"coco_predictions_{iou_type}.json"
+        for iou_type in ("segm", "bbox")
+    ]
+    predictions = next((file for file in dumps if file.is_file()), None)  # a run on boxes only has no masks
+    if not metrics_file.is_file() or predictions is None:
         raise ReportError(
             f"{run_folder} has no best adapter with its predictions: the run ended before its first validation, or "
             "was made by an older sam3-lora"
@@ -119,7 +124,10 @@ def _best_validation(run_folder: Path, history: History) -> Measured:
 
 
 def _measure_base(
-    config: Mapping[str, Any], valid: Split, on_progress: Callable[[int, int], None] | None
+    config: Mapping[str, Any],
+    valid: Split,
+    wanted: Collection[str],
+    on_progress: Callable[[int, int], None] | None,
 ) -> Measured:
     base = config["base"]
     model = load_base(base["name"])
@@ -133,8 +141,9 @@ def _measure_base(
             batch_size=config["training"]["batch_size"],
             device=model.device,
             on_progress=on_progress,
+            prompt_of=config.get("prompts", {}).get("names"),
         )
-    metrics = {name: value for name, value in result.overall.defined().items() if name in METRICS}
+    metrics = {name: value for name, value in result.overall.defined().items() if name in wanted}
     return Measured(metrics, result.predictions, _BASE_NOTE)
 
 
@@ -165,6 +174,7 @@ def _facts(
         "Training data": amount_of(train),
         "Validation data": amount_of(valid),
         "Epochs": epochs,
+        **({} if training.get("enable_segmentation", True) else {"Trained on": "boxes only"}),
         "Learning rate": _learning_rate(training),
         "Images per step": f"{training['batch_size'] * training['gradient_accumulation_steps']:,} on each process",
         "Seed": str(training["seed"]),

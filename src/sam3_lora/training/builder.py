@@ -13,9 +13,10 @@ from sam3_lora.adapter import get_peft_sam3, load_adapter
 from sam3_lora.adapter.copies import is_quantised
 from sam3_lora.base.checkpoint import DEFAULT
 from sam3_lora.base.loading import load_base
-from sam3_lora.errors import ConfigError, as_report
+from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.memory import apply_levers, memory_settings
 from sam3_lora.training.image_settings import resolution_problems
+from sam3_lora.training.monitor import NO_HEAD
 from sam3_lora.training.precision import chosen_amp
 from sam3_lora.training.starts import dataset_losses
 
@@ -47,7 +48,7 @@ def build_sam3_lora_model(
             ``_target_``.
         overrides: Keywords of :func:`sam3_lora.get_peft_sam3` that replace parts of the preset.
         adapter_path: Folder of a saved adapter to start from; ``preset`` and ``overrides`` are then not used.
-        enable_segmentation: Build the segmentation head.
+        enable_segmentation: Build the segmentation head; without it the losses must be of boxes only.
         eval_mode: Return the model in eval mode.
         quantization: As for :func:`sam3_lora.load_base`. The model is then on the GPU of this process already.
         init_data: Folder of the dataset that an adapter with ``init_lora_weights="eva"`` or ``"lora_ga"`` starts from.
@@ -59,6 +60,7 @@ def build_sam3_lora_model(
 
     Raises:
         ConfigError: For another resolution, with the reason.
+        TargetError: If there is nothing to adapt under a name, such as in a segmentation head that is not built.
     """
     if resolution is not None and (problems := resolution_problems(resolution, base)):
         raise ConfigError(as_report(problems))
@@ -76,7 +78,10 @@ def build_sam3_lora_model(
         adapted = load_adapter(model, adapter_path, is_trainable=not eval_mode)
     else:
         steps = dataset_losses(init_data) if init_data else None
-        adapted = get_peft_sam3(model, preset=preset, init_data=steps, **(overrides or {}))
+        try:
+            adapted = get_peft_sam3(model, preset=preset, init_data=steps, **(overrides or {}))
+        except TargetError as error:
+            raise error if enable_segmentation else TargetError(f"{error}. {NO_HEAD}") from error
     inner: Sam3Image = adapted.get_base_model()
     autocast, dtype = chosen_amp(amp, amp_dtype)
     apply_levers(inner, settings, autocast and dtype == "bfloat16")

@@ -33,7 +33,7 @@ from sam3_lora.training.settings import (
     run_yaml,
 )
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
-from sam3_lora.training.splits import check_run_data
+from sam3_lora.training.splits import check_prompts, check_run_data
 
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
@@ -45,8 +45,18 @@ class TrainingError(Sam3LoraError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its folder, its best adapter with the base it is for and its metrics on ``valid/``, parameter
-    counts, and the report if one was made."""
+    """What a run left.
+
+    Attributes:
+        output: Its folder.
+        adapter: Folder of the best adapter; of the last one if the run had no ``best_metric``.
+        base: What it is for.
+        metrics: Of the best adapter on ``valid/``.
+        trainable_parameters: Number of them.
+        total_parameters: Number of all.
+        report: The page, if one was made.
+        stopped_early: The epoch after which the run ended because its metric had not risen for long.
+    """
 
     output: Path
     adapter: Path
@@ -55,6 +65,7 @@ class TrainResult:
     trainable_parameters: int
     total_parameters: int
     report: Path | None = None
+    stopped_early: int | None = None
 
 
 def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> TrainResult:
@@ -63,7 +74,9 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run = run_yaml(settings)
-    log_warnings(check_run_data(settings.data, OmegaConf.create(run).training))
+    given = OmegaConf.create(run)
+    log_warnings(check_run_data(settings.data, given.training))
+    check_prompts(settings.data, given.training, OmegaConf.select(given, "prompts") or {})
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE
@@ -165,14 +178,16 @@ def run_official_script(
 
 
 def _result(output: Path, progress: ProgressReader) -> TrainResult:
-    metrics = json.loads((output / "logs" / BEST_METRICS_FILE).read_text(encoding="utf-8"))
+    best = output / "logs" / BEST_METRICS_FILE  # not there with training.best_metric=null
+    metrics = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
     return TrainResult(
         output=output,
-        adapter=output / "adapters" / "best",
+        adapter=output / "adapters" / ("best" if best.is_file() else "last"),
         base=OmegaConf.load(output / "config_resolved.yaml").base.name,
         metrics={name: value for name, value in metrics.items() if isinstance(value, float)},
         trainable_parameters=progress.start["trainable_parameters"],
         total_parameters=progress.start["total_parameters"],
+        stopped_early=progress.stopped_early,
     )
 
 

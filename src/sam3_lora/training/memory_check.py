@@ -50,10 +50,13 @@ class MemoryCheck:
 
 
 def memory_check(model: Mapping[str, Any]) -> MemoryCheck | None:
-    """Return the check of a run, or none where there is nothing to compare with: another base, or levers or a preset
-    that were not counted."""
-    if model.get("base") == "tiny" or any(
-        model.get(key) for key in ("overrides", "quantization", "adapter_path")
+    """Return the check of a run, or none where there is nothing to compare with: another base, boxes only, or levers
+    or a preset that were not counted."""
+    boxes_only = model.get("enable_segmentation") is False
+    if (
+        boxes_only
+        or model.get("base") == "tiny"
+        or any(model.get(key) for key in ("overrides", "quantization", "adapter_path"))
     ):
         return None
     try:

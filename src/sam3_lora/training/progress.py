@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class ProgressReader:
         last_step: ``epoch``, ``step``, ``steps`` and ``loss`` of the last step since the start; empty before it.
         stopped: ``signal``, ``epoch``, ``step`` and ``saved`` of a stop that was asked for; ``None`` if there was none.
             ``step`` is ``None`` if it was in a validation.
+        stopped_early: The epoch after which the run ended because its metric had not risen for long; else ``None``.
     """
 
     def __init__(self, logs: Path, on_progress: OnProgress | None) -> None:
@@ -74,6 +76,7 @@ class ProgressReader:
         self.error = ""
         self.last_step: dict[str, Any] = {}
         self.stopped: dict[str, Any] | None = None
+        self.stopped_early: int | None = None
         self._path = logs / PROGRESS_FILE
         self._on_progress = on_progress
         self._metrics: dict[str, float] = {}
@@ -90,10 +93,18 @@ class ProgressReader:
                 self.error = event["message"]
             elif kind == "stopped":
                 self.stopped = event
+            elif kind == "stopped_early":
+                self.stopped_early = event["epoch"]
             elif kind == "step":
                 self.last_step = event
                 self._show()
-            else:
+            elif kind == "verifying":
+                print(
+                    f"{event['done']}/{event['images']} images: asking the base what is not there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            elif kind == "metrics":
                 self._metrics = {name: value for name, value in event.items() if name != "epoch"}
                 self._show()
 

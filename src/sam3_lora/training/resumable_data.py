@@ -49,6 +49,11 @@ class SeededItems(Dataset[Any]):
         self._seed = seed
         self._epoch = 0
 
+    @property
+    def dataset(self) -> Any:
+        """The dataset itself."""
+        return self._dataset
+
     def set_epoch(self, epoch: int) -> None:
         """Take the epoch, and hand it to the dataset as the official loader would."""
         self._epoch = epoch

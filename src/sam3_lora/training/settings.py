@@ -10,10 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
-from sam3_lora.errors import ConfigError, as_report
+from sam3_lora.data.prompt_settings import prompt_problems
+from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.presets import get_preset
 from sam3_lora.training.composition import common_defaults
 from sam3_lora.training.image_settings import image_problems
+from sam3_lora.training.monitor import NO_HEAD, monitor_problems
 from sam3_lora.training.overrides import (
     SETTING_KEYS,
     choices_of,
@@ -29,7 +31,13 @@ RUN_FILE_HEADER = (
 
 
 _PATHS = frozenset(
-    {"paths.dataset_root", "paths.experiment_log_dir", *(f"training.{key}" for key in SPLIT_KEYS)}
+    {
+        "paths.dataset_root",
+        "paths.experiment_log_dir",
+        *(f"training.{key}" for key in SPLIT_KEYS),
+        "prompts.phrases",
+        "prompts.cache",
+    }
 )
 
 
@@ -106,10 +114,14 @@ def check_settings(settings: TrainSettings) -> None:
     get_preset(settings.preset)
     problems = override_problems(settings.config, settings.preset) if settings.config else []
     problems += _disagreements(settings)
-    problems += image_problems(settings.config, settings.base)
+    problems += image_problems(settings.config, settings.base) + monitor_problems(settings.config)
+    if not problems:  # else one mistake would be told twice
+        problems = prompt_problems(settings.config)
     if problems:
         raise ConfigError(as_report(problems))
-    if keywords := settings.keywords:
+    masks = settings.config.get("training.enable_segmentation", True)
+    keywords = settings.keywords
+    if keywords or not masks:
         # Only the injection itself knows which modules they would name; shapes are enough for it.
         from sam3_lora.adapter import get_peft_sam3
         from sam3_lora.adapter.starting import start_problems, without_data_start
@@ -120,7 +132,12 @@ def check_settings(settings: TrainSettings) -> None:
         init, data = keywords.get("init_lora_weights"), settings.config.get("adapter.init_data")
         if problems := start_problems(init, from_data=data is not None):
             raise ConfigError(as_report(problems))
-        get_peft_sam3(model, settings.preset, **without_data_start(keywords))
+        if not masks:
+            model.segmentation_head = None
+        try:
+            get_peft_sam3(model, settings.preset, **without_data_start(keywords))
+        except TargetError as error:
+            raise error if masks else TargetError(f"{error}. {NO_HEAD}") from error
 
 
 def _disagreements(settings: TrainSettings) -> list[str]:
@@ -179,9 +196,9 @@ def run_yaml(settings: TrainSettings) -> str:
 
 
 def absolute_value(key: str, value: Any) -> Any:
-    """Return the value of a config key, made independent of the working folder if it is a path to images."""
-    is_path = key in _PATHS and not str(value).startswith("${")
-    return str(Path(value).resolve()) if is_path else value
+    """Return the value of a config key, made independent of the working folder if it is a path."""
+    is_path = key in _PATHS and value is not None and not str(value).startswith("${")
+    return str(Path(value).expanduser().resolve()) if is_path else value
 
 
 def run_choices(run: DictConfig) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -15,43 +14,40 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
-from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
-from sam3_lora.output import write_json_atomic, write_text_atomic
+from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report
+from sam3_lora.training.accumulation import AccumulatedLoss
+from sam3_lora.training.asked import given_prompts, most_prompts, prompts_and_images, verify_training_data
 from sam3_lora.training.effective import ineffective_in_file, unknown_keywords
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
-from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
+from sam3_lora.training.monitor import METRICS as METRICS
+from sam3_lora.training.monitored import MonitoredTrainer
 from sam3_lora.training.precision import resolved_amp
-from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
+from sam3_lora.training.progress import append_event
 
 provide_triton()
 
-from sam3.eval.coco_writer import PredictionDumper  # noqa: E402
 from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
 
-#: Our name of a metric -> the official trainer's. ``valid`` is the dict_key of the validation batches.
-METRICS = {
-    "bbox_AP": "Meters_train/val_valid/bbox/coco_eval_bbox_AP",
-    "bbox_AP50": "Meters_train/val_valid/bbox/coco_eval_bbox_AP_50",
-    "segm_AP": "Meters_train/val_valid/segm/coco_eval_segm_AP",
-    "segm_AP50": "Meters_train/val_valid/segm/coco_eval_segm_AP_50",
-}
-
-#: Beside the dumps of the last validation: those of the validation after which the best adapter was saved.
-BEST_DUMPS = "best"
-
-
 # Parts of the official trainer's config that decide the result.
-_COMPARED_ON_RESUME = ("model", "data", "loss", "max_epochs", "val_epoch_freq", "gradient_accumulation_steps")
+_COMPARED_ON_RESUME = (
+    "model",
+    "data",
+    "loss",
+    "max_epochs",
+    "val_epoch_freq",
+    "gradient_accumulation_steps",
+    "ema_decay",
+    "early_stopping_patience",
+)
 
 
-class LoraTrainer(InterruptibleTrainer):
+class LoraTrainer(MonitoredTrainer):
     """The official Trainer for a model with LoRA injected. Configs name it as ``trainer._target_``.
 
     Added to the official one:
@@ -62,29 +58,28 @@ class LoraTrainer(InterruptibleTrainer):
       a run that is killed and started again ends with the same bytes. One that is started again with other data or
       settings is refused.
     - It saves between steps, and stops there when a signal asks: :class:`InterruptibleTrainer`, whose keywords it takes.
+    - It keeps the best adapter, may average the weights and may stop early: :class:`MonitoredTrainer`, likewise.
+    - With gradient accumulation :class:`AccumulatedLoss` divides by the counts of the whole batch.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works, and
       ``amp.enabled: true`` is bfloat16 autocast there too. ``amp.amp_dtype: auto`` is float16 with loss scaling where the
       GPU has no bfloat16.
-    - ``dumps/best``: the predictions of the best adapter, which the next validation would overwrite.
     - ``logs/progress.jsonl`` for programs that watch the run.
     - ``logs/run.lock`` keeps a second process out of the run folder.
 
     Args:
         adapter_dir: Where the adapter folders go.
-        best_metric: ``segm_AP``, ``segm_AP50``, ``bbox_AP`` or ``bbox_AP50``; ``None`` keeps no best adapter.
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
         save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
         composed: The file in which the official script has left the whole config, where there is one: a name in it that
             has no effect is refused.
-        official: The keywords of :class:`sam3.train.trainer.Trainer`.
+        official: The keywords of :class:`sam3.train.trainer.Trainer` and of the classes above.
     """
 
     def __init__(
         self,
         *,
         adapter_dir: str,
-        best_metric: str | None = "segm_AP",
         adapter_freq: int = 1,
         save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
@@ -101,7 +96,7 @@ class LoraTrainer(InterruptibleTrainer):
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         self._adapter_dir = Path(adapter_dir)
-        self._best_metric = best_metric
+        self._pass_losses: list[torch.Tensor] = []
         self._adapter_freq = adapter_freq
         self._seed = seed_value
         with _own_errors_reported(self._logs):
@@ -112,15 +107,10 @@ class LoraTrainer(InterruptibleTrainer):
                 **{name: official.get(name) for name in _COMPARED_ON_RESUME},
             }
             if problems := [
-                *unknown_keywords(official, (LoraTrainer, InterruptibleTrainer, Trainer)),
+                *unknown_keywords(official, LoraTrainer.__mro__[: LoraTrainer.__mro__.index(Trainer) + 1]),
                 *ineffective_in_file(composed),
             ]:
                 raise ConfigError(as_report(problems))
-            if best_metric is not None and best_metric not in METRICS:
-                raise ConfigError(
-                    f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
-                    f"(metrics are {', '.join(METRICS)})"
-                )
             if prepare is not None:
                 instantiate(prepare)
             super().__init__(
@@ -163,7 +153,8 @@ class LoraTrainer(InterruptibleTrainer):
         # The official one removes the old file before it renames the new one: a kill in between loses both.
         temporary = f"{checkpoint_path}.tmp"
         with open(temporary, "wb") as file:
-            torch.save({**checkpoint, **self._checkpoint_extra, "run": self._fingerprint}, file)
+            extra = {**self._checkpoint_extra, **self._monitor_state(), "run": self._fingerprint}
+            torch.save({**checkpoint, **extra}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, checkpoint_path)
@@ -181,6 +172,7 @@ class LoraTrainer(InterruptibleTrainer):
                 f"{ckpt_path} is of another run; undo the changes, or train into a new folder: {as_report(changed)}"
             )
         super()._load_resuming_checkpoint(ckpt_path)
+        self._load_monitor_state(saved)
         self._go_on_between_steps(saved)
 
     def _item_seed(self) -> int:
@@ -196,13 +188,14 @@ class LoraTrainer(InterruptibleTrainer):
             return
         training = {"epoch": int(self.epoch) + 1, "epochs": self.max_epochs, **about, **self._about_run}
         training |= {"metrics": dict(metrics)} if metrics else {}
-        for name in names:
-            save_adapter(
-                unwrap_ddp_if_wrapped(self.model),
-                self._adapter_dir / name,
-                prompts=self._prompts,
-                training=training,
-            )
+        with self._averaged():
+            for name in names:
+                save_adapter(
+                    unwrap_ddp_if_wrapped(self.model),
+                    self._adapter_dir / name,
+                    prompts=self._prompts,
+                    training=training,
+                )
 
     def _setup_components(self) -> None:
         # Once, since it reads the annotations and asks for the size of every image.
@@ -211,12 +204,15 @@ class LoraTrainer(InterruptibleTrainer):
         )
         on_cuda = self.device.type == "cuda" and self.mode != "val"
         self._memory_check: MemoryCheck | None = memory_check(self.model_conf) if on_cuda else None
-        self._prompts, images = _prompts_and_images(self.data_conf)
+        self._prompts, images = prompts_and_images(self.data_conf)
         self._about_run: dict[str, Any] = {
             "images": images,
             "seed": self._seed,
-            "best_metric": self._best_metric,
+            "best_metric": self.best_metric,
+            **({} if self.ema_decay is None else {"ema_decay": self.ema_decay}),
         }
+        if names := given_prompts(self.data_conf):
+            self._about_run["prompt_of"] = names
         super()._setup_components()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
@@ -231,10 +227,11 @@ class LoraTrainer(InterruptibleTrainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
+        verify_training_data(self, self._report)
         settings = (
             {}
             if self.train_dataset is None
-            else in_force(self, self._about_run["images"], len(self._prompts))
+            else in_force(self, self._about_run["images"], most_prompts(self, len(self._prompts)))
         )
         for name, line in settings.items():
             logging.info(f"{name}: {line}")
@@ -251,10 +248,17 @@ class LoraTrainer(InterruptibleTrainer):
     def _run_step(
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
     ) -> None:
+        if isinstance(batch, list):
+            key = next(iter(batch[0]))
+            if isinstance(loss := self._find_loss(key), AccumulatedLoss):
+                loss.expect([passed[key].find_targets[0] for passed in batch], self.device)
+        self._pass_losses = []
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
         if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
             self._memory_check.measured(torch.cuda.max_memory_allocated())
-        loss = loss_mts[f"Losses/{phase}_all_loss"].val
+        loss = float(
+            torch.stack(self._pass_losses).mean()
+        )  # of the whole batch, as AccumulatedLoss gives values
         step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
         self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
 
@@ -265,37 +269,10 @@ class LoraTrainer(InterruptibleTrainer):
         amp = self.optim_conf.amp if self.optim_conf else None
         on_cpu = self.device.type == "cpu" and amp is not None and amp.enabled
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_cpu):
-            return super()._step(batch, model, phase)
-
-    def _log_meters_and_save_best_ckpts(self, phases: list[str]) -> dict[str, Any]:
-        outputs: dict[str, Any] = super()._log_meters_and_save_best_ckpts(phases)
-        # Only rank 0 holds the merged predictions; the others get an empty meter.
-        metrics = {name: float(outputs[key]) for name, key in METRICS.items() if key in outputs}
-        if metrics and self.distributed_rank == 0:
-            self._report("metrics", epoch=int(self.epoch) + 1, **metrics)
-            self._keep_best(metrics)
-        return outputs
-
-    def _keep_best(self, metrics: Mapping[str, float]) -> None:
-        value = metrics.get(self._best_metric or "")
-        if value is None or self.mode == "val" or value <= self.best_meter_values.get("best", float("-inf")):
-            return
-        # Plain numbers: a numpy scalar would make the checkpoint unreadable for the official resume.
-        self.best_meter_values["best"] = value
-        self.best_meter_values["best_epoch"] = int(self.epoch) + 1
-        self._save_adapters(["best"], metrics)
-        best = {"epoch": int(self.epoch) + 1, "best_metric": self._best_metric, **metrics}
-        write_json_atomic(self._logs / BEST_METRICS_FILE, best)
-        self._keep_dumps()
-
-    def _keep_dumps(self) -> None:
-        for meter in self.meters["val"]["valid"].values():
-            if not isinstance(meter, PredictionDumper) or not meter.merge_predictions:
-                continue
-            dump = Path(meter.dump_dir, f"coco_predictions_{meter.iou_type}.json")
-            kept = dump.parents[1] / BEST_DUMPS / dump.name
-            kept.parent.mkdir(exist_ok=True)
-            write_text_atomic(kept, dump.read_text(encoding="utf-8"))
+            outcome: Any = super()._step(batch, model, phase)
+        if phase == "train":
+            self._pass_losses += (loss.detach() for loss in outcome[0].values())
+        return outcome
 
     def _report(self, kind: str, **values: Any) -> None:
         if self.distributed_rank == 0:
@@ -315,12 +292,3 @@ def _own_errors_reported(logs: Path) -> Iterator[None]:
             logs.mkdir(parents=True, exist_ok=True)
             append_event(logs, "error", message=str(cause))
         raise
-
-
-def _prompts_and_images(data: Any) -> tuple[list[str], int]:
-    """Return the prompts of the training data, and the number of its images."""
-    annotation_file = OmegaConf.select(OmegaConf.create(data), "train.dataset.ann_file")
-    if annotation_file is None:  # a dataset of another kind
-        return [], 0
-    document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
-    return [category["name"] for category in document["categories"]], len(document["images"])
