@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.data import collate_fn as collate_fn
     from sam3_lora.training.data import render_demo_dataset as render_demo_dataset
+    from sam3_lora.training.indexed_data import IndexedCoco as IndexedCoco
     from sam3_lora.training.optimizer import lora_plus as lora_plus
     from sam3_lora.training.prompted_data import PromptedCoco as PromptedCoco
     from sam3_lora.training.trainer import LoraTrainer as LoraTrainer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
 _MODULES = {
     "AccumulatedLoss": "accumulation",
+    "IndexedCoco": "indexed_data",
     "LoraTrainer": "trainer",
     "PromptedCoco": "prompted_data",
     "TrainImages": "augmentation",
@@ -29,6 +31,7 @@ _MODULES = {
 
 __all__ = [
     "AccumulatedLoss",
+    "IndexedCoco",
     "LoraTrainer",
     "PromptedCoco",
     "TrainImages",

@@ -18,6 +18,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import find_checkpoint
+from sam3_lora.data.check import log_warnings
 from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.training.lock import check_not_running
@@ -74,7 +75,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run = run_yaml(settings)
     given = OmegaConf.create(run)
-    check_run_data(settings.data, given.training)
+    log_warnings(check_run_data(settings.data, given.training))
     check_prompts(settings.data, given.training, OmegaConf.select(given, "prompts") or {})
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)

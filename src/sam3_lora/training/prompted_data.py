@@ -8,20 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3_lora.base.cpu import provide_triton
 from sam3_lora.data.prompt_settings import PromptSettings, prompt_settings
 from sam3_lora.data.prompts import Asked, PromptSampler
 from sam3_lora.errors import DataError
-
-provide_triton()
-
-from sam3.train.data.coco_json_loaders import COCO_FROM_JSON  # noqa: E402
+from sam3_lora.training.indexed_data import IndexedCoco
 
 _NO_CATEGORY = -1  # as the official dataset says of a query without one
 
 
-class PromptedCoco(COCO_FROM_JSON):
-    """The official ``COCO_FROM_JSON`` for ``coco_json_loader``; the ``prompts`` block of a config says what images are asked.
+class PromptedCoco(IndexedCoco):
+    """The official loader for ``coco_json_loader``, its annotations in a shared index; the ``prompts`` block of a config says
+    what images are asked.
 
     In training it draws from Python's random state at each item, which the trainer seeds by seed, epoch and image. Else
     each image is asked every class by its one prompt, so that metrics compare from epoch to epoch, and nothing that has no
@@ -70,9 +67,9 @@ class PromptedCoco(COCO_FROM_JSON):
 
         A class of which it has only crowds is neither: they are there, and are not trained on.
         """
-        annotations = self._raw_data[idx]["annotations"]
-        labelled = {annotation["category_id"] for annotation in annotations}
-        present = {annotation["category_id"] for annotation in annotations if not annotation["iscrowd"]}
+        categories, crowds = self.index.categories_of(idx)
+        labelled = set(categories.tolist())
+        present = set(categories[~crowds].tolist())
         return sorted(present), [key for key in self._sorted_cat_ids if key not in labelled]
 
     def most_prompts(self) -> int:

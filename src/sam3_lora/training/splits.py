@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sam3_lora.data.check import check_dataset, check_splits
-from sam3_lora.data.coco import read_coco
+from sam3_lora.data.check import DatasetSummary, check_dataset, check_splits
 from sam3_lora.data.prompt_settings import prompt_settings
 from sam3_lora.data.prompts import PromptSampler
+from sam3_lora.data.stream import read_entries
 
 #: Key of ``training`` -> where it is in a dataset folder, unless the config says otherwise.
 SPLIT_KEYS: Mapping[str, str] = {
@@ -28,8 +28,8 @@ def split_files(training: Mapping[str, Any]) -> dict[str, tuple[Path, Path]]:
     }
 
 
-def check_run_data(dataset: Path, training: Mapping[str, Any]) -> None:
-    """Check the images of a run, wherever they lie.
+def check_run_data(dataset: Path, training: Mapping[str, Any]) -> DatasetSummary:
+    """Check the images of a run, wherever they lie, and return what they are.
 
     Args:
         dataset: ``paths.dataset_root``.
@@ -41,9 +41,8 @@ def check_run_data(dataset: Path, training: Mapping[str, Any]) -> None:
     """
     masks = training.get("enable_segmentation") is not False  # true where nothing is said
     if not any(key in training for key in SPLIT_KEYS):
-        check_dataset(dataset, masks=masks)
-        return
-    check_splits(_files_of_run(dataset, training), masks=masks)
+        return check_dataset(dataset, masks=masks)
+    return check_splits(_files_of_run(dataset, training), masks=masks)
 
 
 def check_prompts(dataset: Path, training: Mapping[str, Any], prompts: Mapping[str, Any]) -> None:
@@ -60,7 +59,7 @@ def check_prompts(dataset: Path, training: Mapping[str, Any], prompts: Mapping[s
     """
     settings = prompt_settings(prompts)
     for _, annotation_file in _files_of_run(dataset, training).values():
-        categories = read_coco(annotation_file)["categories"]
+        categories = (entry for key, _, entry in read_entries(annotation_file) if key == "categories")
         PromptSampler({category["id"]: category["name"] for category in categories}, settings)
 
 
