@@ -44,6 +44,13 @@ class Findings:
         if len(examples) < EXAMPLES:
             examples.append(place)
 
+    def merge(self, other: Findings) -> None:
+        """Add what another process or part has found."""
+        for kind, count in other._counts.items():
+            self._counts[kind] = self._counts.get(kind, 0) + count
+            examples = self._examples.setdefault(kind, [])
+            examples += other._examples[kind][: EXAMPLES - len(examples)]
+
     def problems(self) -> list[Problem]:
         """Return one problem per kind, in the order of discovery."""
         return [
