@@ -70,6 +70,8 @@ def test_the_package_runs_as_a_module():
     [
         pytest.param(["trian"], "unknown command 'trian'; did you mean 'train'?", id="verb"),
         pytest.param(["xyz"], "unknown command 'xyz'", id="verb like no other"),
+        pytest.param(["data", "chek", "d"], "unknown command 'chek'; did you mean 'check'?", id="verb of a group"),
+        pytest.param(["data"], "the following arguments are required: COMMAND", id="no verb of a group"),
         pytest.param([], "the following arguments are required: COMMAND", id="no verb"),
         pytest.param(["train", "--data", "d"], "the following arguments are required: --output", id="no output"),
         pytest.param(["train", "--resume", "r", "--output", "o"], "--output cannot go with --resume", id="resume elsewhere"),

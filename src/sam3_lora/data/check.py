@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sam3_lora.data.coco import ANNOTATION_FILE, Split, box_problem, read_split, segmentation_problem
 from sam3_lora.data.image_files import read_size_hw
-from sam3_lora.data.problems import Findings, Kind, describe
+from sam3_lora.data.problems import Findings, Kind, Problem, describe
 from sam3_lora.errors import DataError, did_you_mean
 
 Entry = Mapping[str, object]
@@ -98,10 +99,43 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a dataset that passed the check holds, by split name."""
+    """What a dataset that passed the check holds, by split name, and what was found that does not stop a training."""
 
     folder: Path
     splits: Mapping[str, SplitSummary]
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """All that was found in a dataset: one problem of each kind, errors before warnings."""
+
+    folder: Path
+    problems: tuple[Problem, ...]
+    summary: DatasetSummary | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no errors."""
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.level == "error")
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.level == "warning")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {"problems": [asdict(problem) for problem in self.problems], "ok": self.ok}
+
+    def verdict(self) -> str:
+        """Return the result in one line."""
+        counts = [sum(p.count for p in problems) for problems in (self.errors, self.warnings)]
+        found = f"{counts[0]} errors, {counts[1]} warnings"
+        return f"{self.folder} can{'' if self.ok else 'not'} be used: {found}"
 
 
 def check_dataset(
@@ -117,7 +151,22 @@ def check_dataset(
         train_split: The one to train on; the others are measured, which needs more.
 
     Raises:
-        DataError: With all problems at once: how many of each kind, the first places, and what to do.
+        DataError: With all errors at once: how many of each kind, the first places, and what to do.
+    """
+    report = examine_dataset(folder, splits, train_split=train_split)
+    if report.errors:
+        raise DataError(describe(f"{report.folder} cannot be used", report.errors))
+    assert report.summary is not None
+    return report.summary
+
+
+def examine_dataset(
+    folder: str | Path, splits: Sequence[str] = ("train", "valid"), *, train_split: str | None = "train"
+) -> DatasetReport:
+    """Return what :func:`check_dataset` finds, and raise only where there is no dataset to look at.
+
+    Raises:
+        DataError: If the folder does not exist, or is a file or a single split.
     """
     folder = Path(folder)
     found = Findings()
@@ -125,9 +174,11 @@ def check_dataset(
     for name, split in read.items():
         # The trainer works out areas itself; the evaluation reads them from the file.
         _check_split(split, ["bbox", "segmentation"] + ["area"] * (name != train_split), found)
-    if problems := found.problems():
-        raise DataError(describe(f"{folder} cannot be used", problems))
-    return DatasetSummary(folder, {name: _summary(split) for name, split in read.items()})
+    problems = tuple(sorted(found.problems(), key=lambda problem: problem.level))  # "error" < "warning"
+    if any(problem.level == "error" for problem in problems):
+        return DatasetReport(folder, problems, None)
+    summary = DatasetSummary(folder, {name: _summary(split) for name, split in read.items()}, problems)
+    return DatasetReport(folder, problems, summary)
 
 
 def _summary(split: Split) -> SplitSummary:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 EXAMPLES = 3
+
+#: An error stops a training or makes its numbers wrong; a warning is said, and the training goes on.
+Level = Literal["error", "warning"]
 
 
 class Kind(NamedTuple):
@@ -14,6 +17,7 @@ class Kind(NamedTuple):
 
     name: str
     fix: str
+    level: Level = "error"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Problem:
     count: int
     examples: tuple[str, ...]
     fix: str
+    level: Level = "error"
 
     def __str__(self) -> str:
         more = [f"... and {self.count - len(self.examples)} more"] if self.count > len(self.examples) else []
@@ -54,7 +59,7 @@ class Findings:
     def problems(self) -> list[Problem]:
         """Return one problem per kind, in the order of discovery."""
         return [
-            Problem(kind.name, count, tuple(self._examples[kind]), kind.fix)
+            Problem(kind.name, count, tuple(self._examples[kind]), kind.fix, kind.level)
             for kind, count in self._counts.items()
         ]
 
