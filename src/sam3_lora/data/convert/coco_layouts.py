@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3_lora.data.convert.items import Item, Known, Size, Source, note_unlabelled
-from sam3_lora.data.convert.objects import CocoObject, box_object
+from sam3_lora.data.convert.objects import CocoObject, as_run_lengths, box_object
 from sam3_lora.data.convert.pictures import FilePicture
 from sam3_lora.data.convert.report import (
     BAD_SHAPE,
@@ -99,9 +99,7 @@ def _object(
     crowd = 1 if annotation.get("iscrowd") in (1, True, "1") else 0
     segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
     if isinstance(segmentation, dict):
-        return CocoObject(
-            name, {"size": segmentation.get("size"), "counts": segmentation.get("counts")}, crowd
-        )  # type: ignore[typeddict-item]
+        return CocoObject(name, as_run_lengths(segmentation), crowd)
     if isinstance(segmentation, list) and segmentation:
         parts = segmentation if isinstance(segmentation[0], list) else [segmentation]
         if all(isinstance(part, list) for part in parts):

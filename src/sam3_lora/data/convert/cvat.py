@@ -146,7 +146,11 @@ def _images(root: Element, path: Path, tree: Tree, report: Report) -> list[Item]
                 where = f"{place}: shape {number} ({shape.get('label')!r})"
                 found = cvat_to_coco(shape, size_hw, None, own, where)
                 objects += [found] if found else []
-        split = split_in_name(image.get("subset") or "") or split_in_name(path.stem) or split_of(tree.relative(file))
+        split = (
+            split_in_name(image.get("subset") or "")
+            or split_in_name(path.stem)
+            or split_of(tree.relative(file))
+        )
         items.append(Item(FilePicture(file), Known(objects, place, own), split, size_hw))
     return items
 
@@ -172,9 +176,9 @@ def _frames(root: Element, path: Path, tree: Tree, report: Report) -> list[Item]
             found = cvat_to_coco(
                 shape, size_hw, track.get("label"), own, f"{place} frame {shape.get('frame')}"
             )
-            frame = shape.get("frame", "")
-            if found and frame.isdigit():
-                objects[int(frame)].append(found)
+            number = shape.get("frame", "")
+            if found and number.isdigit():
+                objects[int(number)].append(found)
     report.merge(own)
     files = _frame_files(path, tree)
     for frame in sorted(objects.keys() - files.keys()):
@@ -194,7 +198,7 @@ def _frames(root: Element, path: Path, tree: Tree, report: Report) -> list[Item]
 
 def _frame_files(path: Path, tree: Tree) -> dict[int, Path]:
     """Return the images by the number at the end of their names, ``frame_000012.png``."""
-    files = {}
+    files: dict[int, Path] = {}
     for image in tree.images:
         number = re.search(r"(\d+)$", image.stem)
         if number and path.parent in image.parents:

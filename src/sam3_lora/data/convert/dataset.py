@@ -171,12 +171,15 @@ def _shared_out(items: Sequence[Item], valid_share: float, seed: int, report: Re
         splits = ["train"] * len(items)
     if "valid" in splits or not valid_share:
         return splits
-    train = [number for number, split in enumerate(splits) if split == "train"]
-    count = min(max(1, round(len(train) * valid_share)), len(train) - 1)
-    if not count:
-        report.note(NO_VALID, f"{len(train)} image in all")
-    for number in random.Random(seed).sample(train, max(count, 0)):
-        splits[number] = "valid"
+    chance = random.Random(seed)
+    # Each by itself, so that the objects of a small set do not all end up on one side.
+    for empty in (False, True):
+        train = [n for n, item in enumerate(items) if splits[n] == "train" and item.labels.are_empty is empty]
+        count = min(max(not empty, round(len(train) * valid_share)), len(train) - 1)
+        for number in chance.sample(train, max(count, 0)):
+            splits[number] = "valid"
+    if "valid" not in splits:
+        report.note(NO_VALID, f"{len(items)} image in all")
     return splits
 
 

@@ -71,7 +71,7 @@ def recognised(tree: Tree, wanted: str | None) -> tuple[str, str]:
                 f"unknown format {wanted!r}{did_you_mean(wanted, FORMATS)} Known: {', '.join(FORMATS)}"
             )
         return wanted, "named by the user"
-    seen = {}
+    seen: dict[str, str] = {}
     for name, known in FORMATS.items():
         if (name != "masks" or not seen) and (evidence := known.recognise(tree)):
             seen[name] = evidence

@@ -19,7 +19,7 @@ from PIL import Image
 from sam3_lora.data.convert.items import Item, Size, Source
 from sam3_lora.data.convert.mask_files import connected_parts, semantic_to_coco, unnamed
 from sam3_lora.data.convert.masks import value_names
-from sam3_lora.data.convert.objects import CocoObject, box_object, mask_object
+from sam3_lora.data.convert.objects import CocoObject, as_run_lengths, box_object, mask_object
 from sam3_lora.data.convert.pictures import StoredPicture
 from sam3_lora.data.convert.report import BAD_SHAPE, MASK_SIZE, MASK_VALUE, NO_CLASS, UNKNOWN_CLASS, Report
 from sam3_lora.data.convert.tree import Tree, split_in_name
@@ -63,6 +63,10 @@ class RowLabels:
     pixel_names: Mapping[int, str]
     class_names: Sequence[str]
     class_name: str | None
+
+    @property
+    def are_empty(self) -> bool:
+        return False
 
     def objects(self, size_hw: Size, report: Report) -> list[CocoObject]:
         row = self.table[self.row]
@@ -180,7 +184,7 @@ def hugging_face_to_coco(
         if not name:
             report.problem(UNKNOWN_CLASS, f"{where} has {str(entry)[:60]}")
         elif isinstance(polygons, dict):
-            found.append(CocoObject(name, {"size": polygons.get("size"), "counts": polygons.get("counts")}))  # type: ignore[typeddict-item]
+            found.append(CocoObject(name, as_run_lengths(polygons)))
         elif polygons:
             found.append(CocoObject(name, polygons if isinstance(polygons[0], (list, tuple)) else [polygons]))
         elif box and len(box) == 4:

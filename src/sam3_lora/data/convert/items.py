@@ -26,6 +26,10 @@ class Labels(Protocol):
     def place(self) -> str:
         """Where a person finds them."""
 
+    @property
+    def are_empty(self) -> bool:
+        """Whether it is sure, before they are read, that there are no objects."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -69,6 +73,10 @@ class Known:
     found: Sequence[CocoObject] = ()
     place: str = ""
     report: Report = field(default_factory=Report)
+
+    @property
+    def are_empty(self) -> bool:
+        return not self.found
 
     def objects(self, size_hw: Size, report: Report) -> list[CocoObject]:
         report.merge(self.report)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,27 +24,27 @@ from sam3_lora.data.convert.report import BAD_SHAPE, NO_AREA, NO_CLASS, UNREADAB
 from sam3_lora.data.convert.tree import Tree, split_of
 from sam3_lora.errors import DataError
 
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
 _HEAD = 4096
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 
 
 @dataclass(frozen=True)
 class LabelmeLabels:
-    """The JSON file of an image."""
+    """The shapes in the JSON file of an image."""
 
-    path: Path
+    shapes: Sequence[Any]
+    place: str
     class_name: str | None = None
 
     @property
-    def place(self) -> str:
-        return str(self.path)
+    def are_empty(self) -> bool:
+        return not self.shapes
 
     def objects(self, size_hw: Size, report: Report) -> list[CocoObject]:
-        try:
-            document = label_files.read_json(self.path)
-        except DataError as error:
-            report.problem(UNREADABLE, str(error))
-            return []
+        document = {"shapes": self.shapes}
         return labelme_to_coco(document, size_hw, report, self.place, class_name=self.class_name)
 
 
@@ -79,7 +79,14 @@ def plan(tree: Tree, report: Report, class_name: str | None = None) -> Source:
             split = split_of(tree.relative(path))
             if split is None and isinstance(picture, FilePicture):
                 split = split_of(tree.relative(picture.path))
-            items.append(Item(picture, LabelmeLabels(path, class_name), split, _size_hw(document)))
+            items.append(
+                Item(
+                    picture,
+                    LabelmeLabels(document["shapes"], str(path), class_name),
+                    split,
+                    _size_hw(document),
+                )
+            )
     note_unlabelled(tree.images, items, report)
     return Source(items)
 
@@ -174,7 +181,7 @@ def _placed(small: NDArray[np.bool_], x: int, y: int, size_hw: Size) -> NDArray[
     return mask
 
 
-def _are_points(points: Any) -> bool:
+def _are_points(points: Any) -> TypeGuard[Sequence[tuple[float, float]]]:
     return (
         isinstance(points, Sequence)
         and bool(points)

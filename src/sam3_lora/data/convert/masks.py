@@ -81,6 +81,10 @@ class MaskLabels:
     def place(self) -> str:
         return str(self.masks[0].path) if len(self.masks) == 1 else str(self.masks[0].path.parent)
 
+    @property
+    def are_empty(self) -> bool:
+        return False
+
     def objects(self, size_hw: Size, report: Report) -> list[CocoObject]:
         found: list[CocoObject] = []
         for mask in self.masks:
@@ -186,7 +190,8 @@ def _kind(pairs: Mapping[Path, Sequence[_Mask]], names: Mapping[int, str], tree:
 
 def _pairs(tree: Tree) -> dict[Path, list[_Mask]]:
     """Return the masks of each image."""
-    masks, photos = [], []
+    masks: list[Path] = []
+    photos: list[Path] = []
     for path in tree.images:
         is_mask = path.suffix.lower() in _MASK_SUFFIXES and (
             _mask_folder(path, tree) or _ENDING.search(path.stem)

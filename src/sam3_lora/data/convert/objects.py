@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,11 @@ def to_annotation(
         report.note(BOX_MASK, place)
     box = [float(v) for v in coco_mask.toBbox(encoded)]
     return {"bbox": box, "area": area, "iscrowd": item.iscrowd, "segmentation": segmentation}
+
+
+def as_run_lengths(value: Mapping[str, Any]) -> RunLengths:
+    """Return run lengths as a file has them; :func:`to_annotation` judges them."""
+    return {"size": value.get("size", []), "counts": value.get("counts", "")}
 
 
 def run_lengths_problem(run_lengths: Any, size_hw: tuple[int, int]) -> str:

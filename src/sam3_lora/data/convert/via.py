@@ -109,7 +109,9 @@ def via_to_coco(
     for number, (shape, attributes) in enumerate(regions, 1):
         where = f"{place}: region {number}"
         label = _value(attributes.get(attribute)) if attribute else ""
-        if not (label := label or class_name or ""):
+        if shape.get("name") in _WITHOUT_AREA:
+            report.note(NO_AREA, f"{where} is a {shape['name']}")
+        elif not (label := label or class_name or ""):
             report.problem(NO_CLASS, f"{where} has attributes {dict(attributes)}")
         elif found := _object(shape, label, report, f"{where} ({label!r})"):
             objects.append(found)
@@ -120,9 +122,6 @@ def via_to_coco(
 
 def _object(shape: Mapping[str, Any], label: str, report: Report, where: str) -> CocoObject | None:
     kind = shape.get("name")
-    if kind in _WITHOUT_AREA:
-        report.note(NO_AREA, f"{where} is a {kind}")
-        return None
     try:
         if kind == "polygon":
             xs, ys = shape["all_points_x"], shape["all_points_y"]

@@ -52,6 +52,10 @@ class VocLabels:
     def place(self) -> str:
         return str(self.xml or self.class_mask or self.object_mask)
 
+    @property
+    def are_empty(self) -> bool:
+        return False
+
     def objects(self, size_hw: Size, report: Report) -> list[CocoObject]:
         try:
             if self.class_mask is not None:
@@ -111,7 +115,9 @@ def voc_to_coco(root: Element, report: Report | None = None, place: str = "the l
         DataError: If an object cannot be used and no report takes the problems.
     """
     given, report = report, report or Report()
-    from_one = "PASCAL VOC" in " ".join(root.findtext(f"source/{key}") or "" for key in ("annotation", "database"))
+    from_one = "PASCAL VOC" in " ".join(
+        root.findtext(f"source/{key}") or "" for key in ("annotation", "database")
+    )
     objects = []
     for number, element in enumerate(root.iterfind("object"), 1):
         where = f"{place}: object {number}"

@@ -47,6 +47,10 @@ class YoloLabels:
     def place(self) -> str:
         return str(self.path)
 
+    @property
+    def are_empty(self) -> bool:
+        return self.path is None or not self.path.stat().st_size
+
     def objects(self, size_hw: Size, report: Report) -> list[CocoObject]:
         if self.path is None:
             return []
@@ -226,6 +230,8 @@ def _config(tree: Tree, report: Report) -> tuple[dict[str, Any], Path | None]:
 def _names(config: dict[str, Any], path: Path | None, tree: Tree, report: Report) -> list[str]:
     if path is not None:
         names = config["names"]
+        if isinstance(names, dict):
+            names = {int(k) if str(k).isdecimal() else k: name for k, name in names.items()}
         if isinstance(names, dict) and names and all(type(key) is int and key >= 0 for key in names):
             listed = [names.get(i, "") for i in range(min(max(names) + 1, 100_000))]
             gaps = {i for i in range(len(listed)) if i not in names}

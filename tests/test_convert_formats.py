@@ -1,0 +1,453 @@
+"""Labels of every format become the masks that were drawn, pixel by pixel: on files that the tools themselves wrote, and on
+files after their documentation where the tool runs in a browser or on a server only."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from sam3_lora.data.check import check_dataset
+from sam3_lora.data.coco import ANNOTATION_FILE, compressed_run_lengths
+from sam3_lora.data.convert import convert_dataset
+from sam3_lora.errors import DataError
+
+SAMPLES = Path(__file__).parent / "data" / "convert"
+HEIGHT, WIDTH = 48, 64
+Y, X = np.mgrid[:HEIGHT, :WIDTH]
+RING = ((X - 20) ** 2 + (Y - 22) ** 2 <= 14**2) & ((X - 20) ** 2 + (Y - 22) ** 2 > 6**2)
+PAIR = ((X >= 40) & (X < 52) & (Y >= 5) & (Y < 15)) | ((X >= 46) & (X < 60) & (Y >= 30) & (Y < 44))
+TRIANGLE_XY = [36.0, 20.0, 60.0, 26.0, 38.5, 44.0]
+SIZE = {"width": WIDTH, "height": HEIGHT}
+
+
+def drawn(polygon):
+    return decoded([polygon])
+
+
+def decoded(segmentation):
+    return coco_mask.decode(compressed_run_lengths(segmentation, (HEIGHT, WIDTH))).astype(bool)
+
+
+def rectangle(x, y, width, height):
+    return (x <= X) & (x + width > X) & (y <= Y) & (y + height > Y)
+
+
+TRIANGLE = drawn(TRIANGLE_XY)
+
+
+def picture(path: Path, colour=(200, 40, 40), size=(WIDTH, HEIGHT)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def masks_of(folder: Path) -> dict[str, list]:
+    """Return class and mask of each object, by image, and check that box and area are those of the mask."""
+    found = {}
+    for file in folder.glob(f"*/{ANNOTATION_FILE}"):
+        document = json.loads(file.read_text())
+        names = {c["id"]: c["name"] for c in document["categories"]}
+        images = {i["id"]: i["file_name"] for i in document["images"]}
+        for image in images.values():
+            found.setdefault(image, [])
+        for annotation in document["annotations"]:
+            mask = decoded(annotation["segmentation"])
+            rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
+            box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+            assert (annotation["area"], annotation["bbox"]) == (mask.sum(), box)
+            found[images[annotation["image_id"]]].append((names[annotation["category_id"]], mask))
+    return found
+
+
+def assert_masks(folder, expected):
+    found = masks_of(folder)
+    assert sorted(found) == sorted(expected)
+    for image, objects in expected.items():
+        assert [name for name, _ in found[image]] == [name for name, _ in objects], image
+        for (name, mask), (_, wanted) in zip(found[image], objects, strict=True):
+            assert np.array_equal(mask, wanted), f"{name} of {image}: {mask.sum()} pixels, not {wanted.sum()}"
+
+
+RING_AND_TRIANGLE = [("red ring", RING), ("triangle", TRIANGLE)]
+BOX = [("triangle", rectangle(3, 4, 20, 10))]
+
+
+@pytest.mark.parametrize(
+    ("sample", "third"),
+    [
+        pytest.param("cvat", BOX, id="CVAT, written by Datumaro"),
+        pytest.param("coco", BOX, id="COCO, written by Datumaro"),
+    ],
+)
+def test_masks_of_real_tools_are_kept_pixel_by_pixel(sample, third, tmp_path):
+    made = convert_dataset(SAMPLES / sample, tmp_path / "d")
+    assert made.format == sample
+    assert_masks(
+        tmp_path / "d", {"img0.png": RING_AND_TRIANGLE, "img1.png": [("pair", PAIR)], "img2.png": third}
+    )
+    assert made.images == {"train": 2, "valid": 1}  # as the sample has it
+    check_dataset(tmp_path / "d")
+
+
+def test_pascal_voc_as_datumaro_writes_it(tmp_path):
+    made = convert_dataset(SAMPLES / "voc", tmp_path / "d")
+    expected = {"img0.png": [("red ring", RING)], "img1.png": [("pair", PAIR)], "img2.png": BOX}
+    assert_masks(tmp_path / "d", expected)
+    assert [(note.kind, note.count) for note in made.notes] == [("box written as a mask", 1)]
+    check_dataset(tmp_path / "d")
+
+
+def test_labelme_writes_polygons_masks_groups_and_circles(tmp_path):
+    made = convert_dataset(SAMPLES / "labelme", tmp_path / "d")
+    disc = (X + 0.5 - 20) ** 2 + (Y + 0.5 - 20) ** 2 < 10**2
+    found = masks_of(tmp_path / "d")
+    (_, circle) = found["img1.png"].pop()
+    assert (circle & disc).sum() / (circle | disc).sum() > 0.97  # of 312 pixels
+    assert np.array_equal(found["img1.png"][0][1], PAIR)  # two shapes of one group_id
+    assert np.array_equal(found["img0.png"][0][1], RING)
+    assert np.array_equal(found["img0.png"][1][1], TRIANGLE)
+    assert found["img2.png"] == []  # looked at, and nothing on it
+    assert [note.kind for note in made.notes] == ["line, point or track without an area, left out"]
+    check_dataset(tmp_path / "d")
+
+
+def test_the_image_in_a_labelme_file_is_used_where_there_is_no_other(tmp_path):
+    shutil.copytree(SAMPLES / "labelme", tmp_path / "source")
+    (tmp_path / "source/img0.png").unlink()
+    convert_dataset(tmp_path / "source", tmp_path / "d")
+    (stored,) = (tmp_path / "d").glob("*/img0.png")
+    assert stored.read_bytes() == (SAMPLES / "labelme/img0.png").read_bytes()
+
+
+def test_a_dataset_of_hugging_face(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    expected = [("red ring", RING), ("pair", PAIR)], [("pair", PAIR)], []
+    for source in (SAMPLES / "huggingface", datasets.load_from_disk(str(SAMPLES / "huggingface"))):
+        made = convert_dataset(source, tmp_path / "d", overwrite=True)
+        for split in ("train", "validation"):
+            found = masks_of(tmp_path / "d")
+            for row, objects in enumerate(expected):
+                mask = found[f"{split}_{row:06d}.png"]
+                assert [(n, m.tolist()) for n, m in mask] == [(n, m.tolist()) for n, m in objects]
+        assert made.images == {"train": 3, "valid": 3}
+
+
+def yolo(folder: Path, rows, names=("red ring", "triangle"), image="images/train/a.png") -> Path:
+    picture(folder / image)
+    label = (folder / image.replace("images", "labels")).with_suffix(".txt")
+    label.parent.mkdir(parents=True, exist_ok=True)
+    label.write_text("\n".join(rows) + "\n")
+    (folder / "data.yaml").write_text(json.dumps({"names": dict(enumerate(names))}))
+    return folder
+
+
+TRIANGLE_ROW = "1 " + " ".join(f"{v / (HEIGHT if i % 2 else WIDTH):.8f}" for i, v in enumerate(TRIANGLE_XY))
+
+
+def test_yolo_polygons_and_boxes(tmp_path):
+    yolo(tmp_path / "s", [TRIANGLE_ROW, "0 0.203125 0.1875 0.3125 0.208333333", "", TRIANGLE_ROW])
+    picture(tmp_path / "s/images/val/background.jpg")
+    made = convert_dataset(tmp_path / "s", tmp_path / "d")
+    expected = [("triangle", TRIANGLE), ("red ring", rectangle(3, 4, 20, 10))]
+    assert_masks(tmp_path / "d", {"a.png": expected, "background.jpg": []})
+    assert made.images == {"train": 1, "valid": 1}
+    assert made.categories == ["red ring", "triangle"]
+    assert {note.kind for note in made.notes} == {
+        "box written as a mask",
+        "label that stands there twice, written once",
+    }
+
+
+def test_yolo_as_roboflow_packs_it(tmp_path):
+    for split in ("train", "valid", "test"):
+        yolo(tmp_path / "s", [TRIANGLE_ROW], image=f"{split}/images/a.rf.0b1.png")
+    (tmp_path / "s/data.yaml").write_text(
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\nnames: ['red ring', 'triangle']\n"
+    )
+    (tmp_path / "s/README.roboflow.txt").write_text("My project - v1\n")
+    archive = shutil.make_archive(str(tmp_path / "My project.v1i.yolov8"), "zip", tmp_path / "s")
+    made = convert_dataset(archive, tmp_path / "d")
+    assert made.format == "yolo"
+    assert made.images == {"train": 1, "valid": 1, "test": 1}
+    assert not list(tmp_path.glob(".d.*"))
+
+
+def test_coco_as_roboflow_packs_it(tmp_path):
+    for split in ("train", "valid"):
+        picture(tmp_path / f"s/{split}/a.jpg")
+        annotation = {
+            "id": 0,
+            "image_id": 0,
+            "category_id": 1,
+            "bbox": [0, 0, 1, 1],
+            "segmentation": [TRIANGLE_XY],
+        }
+        document = {
+            "categories": [
+                {"id": 0, "name": "shapes", "supercategory": "none"},
+                {"id": 1, "name": "triangle", "supercategory": "shapes"},
+            ],
+            "images": [{"id": 0, "file_name": "a.jpg", **SIZE}],
+            "annotations": [annotation | {"iscrowd": 0, "area": 1}],
+        }
+        (tmp_path / f"s/{split}/{ANNOTATION_FILE}").write_text(json.dumps(document))
+    archive = shutil.make_archive(str(tmp_path / "r"), "zip", tmp_path / "s")
+    made = convert_dataset(archive, tmp_path / "d")
+    assert_masks(tmp_path / "d", {"a.jpg": [("triangle", TRIANGLE)] * 2})
+    assert made.categories == ["triangle"]  # not the group, which would be a prompt for every image
+    assert [note.kind for note in made.notes] == ["class that only groups others, left out"]
+
+
+def via_regions():
+    points = {"all_points_x": TRIANGLE_XY[0::2], "all_points_y": TRIANGLE_XY[1::2]}
+    return [
+        ({"name": "polygon", **points}, {"class": "triangle"}),
+        ({"name": "rect", "x": 3, "y": 4, "width": 20, "height": 10}, {"class": "box"}),
+        ({"name": "point", "cx": 3, "cy": 4}, {"class": "box"}),
+    ]
+
+
+def via_2_project(folder):
+    regions = [{"shape_attributes": s, "region_attributes": a} for s, a in via_regions()]
+    image = {"filename": "a.png", "size": 9, "regions": regions, "file_attributes": {}}
+    return {
+        "_via_settings": {},
+        "_via_img_metadata": {"a.png9": image},
+        "_via_attributes": {},
+        "_via_image_id_list": [],
+    }
+
+
+def via_1_export(folder):
+    image = via_2_project(folder)["_via_img_metadata"]["a.png9"]
+    return {"a.png9": image | {"regions": {str(i): r for i, r in enumerate(image["regions"])}}}
+
+
+def via_3_project(folder):
+    shapes = {"1_a": ([7, *TRIANGLE_XY], "0"), "1_b": ([2, 3, 4, 20, 10], "1"), "1_c": ([1, 3, 4], "1")}
+    return {
+        "project": {"pid": "__VIA_PROJECT_ID__", "data_format_version": "3.1.1"},
+        "attribute": {"1": {"aname": "class", "type": 4, "options": {"0": "triangle", "1": "box"}}},
+        "file": {"1": {"fid": "1", "fname": "a.png", "type": 2, "loc": 1, "src": ""}},
+        "metadata": {
+            k: {"vid": "1", "flg": 0, "z": [], "xy": xy, "av": {"1": v}} for k, (xy, v) in shapes.items()
+        },
+        "view": {"1": {"fid_list": ["1"]}},
+    }
+
+
+def via_2_csv(folder):
+    text = io.StringIO()
+    rows = csv.writer(text, quoting=csv.QUOTE_MINIMAL)
+    rows.writerow(
+        "filename file_size file_attributes region_count region_id region_shape_attributes region_attributes".split()
+    )
+    for number, (shape, attributes) in enumerate(via_regions()):
+        rows.writerow(["a.png", 9, "{}", 3, number, json.dumps(shape), json.dumps(attributes)])
+    return text.getvalue()
+
+
+def via_3_csv(folder):
+    project = via_3_project(folder)
+    text = io.StringIO()
+    text.write("# Exported using VGG Image Annotator (http://www.robots.ox.ac.uk/~vgg/software/via)\n")
+    text.write(f"# ATTRIBUTE = {json.dumps(project['attribute'])}\n")
+    text.write(
+        "# CSV_HEADER = metadata_id,file_list,flags,temporal_coordinates,spatial_coordinates,metadata\n"
+    )
+    for key, label in project["metadata"].items():
+        cells = [key, '["a.png"]', "0", "[]", json.dumps(label["xy"]), json.dumps(label["av"])]
+        csv.writer(text, quoting=csv.QUOTE_ALL).writerow(cells)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("make", [via_2_project, via_1_export, via_3_project, via_2_csv, via_3_csv])
+def test_via_in_all_its_versions(make, tmp_path):
+    picture(tmp_path / "s/a.png")
+    content = make(tmp_path)
+    name = "labels.csv" if isinstance(content, str) else "labels.json"
+    (tmp_path / "s" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    made = convert_dataset(tmp_path / "s", tmp_path / "d", valid_share=0)
+    assert made.format == "via"
+    assert_masks(tmp_path / "d", {"a.png": [("triangle", TRIANGLE), ("box", rectangle(3, 4, 20, 10))]})
+
+
+def test_via_regions_without_a_class_need_one(tmp_path):
+    picture(tmp_path / "s/a.png")
+    project = via_2_project(tmp_path)
+    for region in project["_via_img_metadata"]["a.png9"]["regions"]:
+        region["region_attributes"] = {}
+    (tmp_path / "s/via_region_data.json").write_text(json.dumps(project))
+    with pytest.raises(DataError, match=r"label without a class(.|\n)*--class-name") as caught:
+        convert_dataset(tmp_path / "s", tmp_path / "d")
+    assert "2 problems" in str(caught.value)
+    assert convert_dataset(tmp_path / "s", tmp_path / "d", class_name="balloon").categories == ["balloon"]
+
+
+CVAT_IMAGES = """<?xml version="1.0" encoding="utf-8"?>
+<annotations><version>1.1</version><meta><task><labels><label><name>ring</name></label><label><name>tile</name></label>
+</labels></task></meta>
+<image id="0" name="sub/a.png" width="64" height="48" subset="Train">
+<mask label="ring" source="manual" occluded="0" rle="{rle}" left="6" top="8" width="29" height="29" z_order="0"></mask>
+<box label="tile" occluded="0" xtl="3.00" ytl="4.00" xbr="23.00" ybr="14.00" z_order="0"></box>
+<box label="tile" occluded="0" xtl="30.00" ytl="10.00" xbr="40.00" ybr="30.00" rotation="90.00" z_order="0"></box>
+<ellipse label="tile" occluded="0" cx="30" cy="20" rx="9" ry="6" z_order="0"></ellipse>
+<polyline label="tile" occluded="0" points="1.00,1.00;5.00,5.00" z_order="0"></polyline>
+</image></annotations>"""
+
+
+def test_cvat_masks_turned_boxes_and_ellipses(tmp_path):
+    picture(tmp_path / "s/images/sub/a.png")
+    window = RING[8:37, 6:35].ravel()
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], window, [window[-1]]]))).tolist()
+    runs = np.diff([0, *changes, window.size])
+    (tmp_path / "s/annotations.xml").write_text(CVAT_IMAGES.format(rle=", ".join(map(str, runs))))
+    made = convert_dataset(tmp_path / "s", tmp_path / "d", valid_share=0)
+    (_, ring), (_, box), (_, turned), (_, ellipse) = masks_of(tmp_path / "d")["a.png"]
+    assert np.array_equal(ring, RING)
+    assert np.array_equal(box, rectangle(3, 4, 20, 10))
+    assert np.array_equal(turned, rectangle(25, 15, 20, 10))
+    true = ((X + 0.5 - 30) / 9) ** 2 + ((Y + 0.5 - 20) / 6) ** 2 < 1
+    assert (ellipse & true).sum() / (ellipse | true).sum() > 0.95  # of 170 pixels
+    assert made.categories == ["ring", "tile"]
+
+
+def test_cvat_tracks_are_objects_of_frames(tmp_path):
+    for frame in range(2):
+        picture(tmp_path / f"s/images/frame_{frame:06d}.png")
+    polygon = ";".join(f"{x},{y}" for x, y in zip(TRIANGLE_XY[0::2], TRIANGLE_XY[1::2], strict=True))
+    (tmp_path / "s/annotations.xml").write_text(
+        "<annotations><meta><job><original_size><width>64</width><height>48</height></original_size></job></meta>"
+        f'<track id="0" label="triangle"><polygon frame="0" keyframe="1" outside="0" points="{polygon}"></polygon>'
+        f'<polygon frame="1" keyframe="1" outside="1" points="{polygon}"></polygon></track></annotations>'
+    )
+    convert_dataset(tmp_path / "s", tmp_path / "d", valid_share=0)
+    assert_masks(tmp_path / "d", {"frame_000000.png": [("triangle", TRIANGLE)], "frame_000001.png": []})
+
+
+VOC = """<annotation><folder>VOC2007</folder><filename>a.png</filename><source><database>The VOC2007 Database</database>
+<annotation>PASCAL VOC2007</annotation></source><size><width>64</width><height>48</height><depth>3</depth></size>
+<object><name>dog</name><bndbox><xmin>4</xmin><ymin>5</ymin><xmax>23</xmax><ymax>14</ymax></bndbox></object></annotation>"""
+
+
+@pytest.mark.parametrize(
+    ("text", "mask"),
+    [
+        pytest.param(VOC, rectangle(3, 4, 20, 10), id="the original, whose pixels count from 1"),
+        pytest.param(
+            VOC.replace("PASCAL VOC2007", "x"), rectangle(4, 5, 19, 9), id="other tools, edges of the box"
+        ),
+        pytest.param(
+            VOC.replace(
+                "<bndbox>",
+                "<polygon><x1>36</x1><y1>20</y1><x2>60</x2><y2>26</y2><x3>38.5</x3><y3>44</y3></polygon><bndbox>",
+            ),
+            TRIANGLE,
+            id="Roboflow's polygons",
+        ),
+    ],
+)
+def test_pascal_voc_boxes(text, mask, tmp_path):
+    picture(tmp_path / "s/JPEGImages/a.png")
+    (tmp_path / "s/Annotations").mkdir()
+    (tmp_path / "s/Annotations/a.xml").write_text(text)
+    convert_dataset(tmp_path / "s", tmp_path / "d", valid_share=0)
+    assert_masks(tmp_path / "d", {"a.png": [("dog", mask)]})
+
+
+def grey(path: Path, values) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values)).save(path)
+
+
+def test_binary_masks_in_a_folder_for_each_class(tmp_path):
+    picture(tmp_path / "s/images/a.jpg")
+    grey(tmp_path / "s/masks/ring/a.png", RING.astype(np.uint8) * 255)
+    grey(tmp_path / "s/masks/tile/a.png", PAIR.astype(np.uint8))
+    convert_dataset(tmp_path / "s", tmp_path / "d", valid_share=0)
+    parts = [("tile", PAIR & (Y < 20)), ("tile", PAIR & (Y > 20))]
+    assert_masks(tmp_path / "d", {"a.jpg": [("ring", RING), *parts]})
+
+
+def test_semantic_masks_become_their_connected_parts(tmp_path):
+    for split in ("train", "valid"):
+        picture(tmp_path / f"s/{split}/a.jpg")
+        grey(tmp_path / f"s/{split}/a_mask.png", (RING * 2 + PAIR * 1).astype(np.uint8))
+        (tmp_path / f"s/{split}/_classes.csv").write_text(
+            "Pixel Value, Class\n0, background\n1, tile\n2, ring\n"
+        )
+    made = convert_dataset(tmp_path / "s", tmp_path / "d")
+    parts = [("tile", PAIR & (Y < 20)), ("tile", PAIR & (Y > 20))]
+    assert_masks(tmp_path / "d", {"a.jpg": [*parts, ("ring", RING)] * 2})
+    assert made.categories == ["tile", "ring"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_value_for_each_object_keeps_its_parts_together(dtype, tmp_path):
+    picture(tmp_path / "s/images/a.jpg")
+    grey(tmp_path / "s/instances/a.png", (RING * 7 + PAIR * 200).astype(dtype))
+    convert_dataset(tmp_path / "s", tmp_path / "d", class_name="cell", valid_share=0)
+    assert_masks(tmp_path / "d", {"a.jpg": [("cell", RING), ("cell", PAIR)]})
+
+
+def test_masks_of_several_values_without_names_are_not_guessed(tmp_path):
+    picture(tmp_path / "s/images/a.jpg")
+    grey(tmp_path / "s/masks/a.png", (RING * 7 + PAIR * 9).astype(np.uint8))
+    with pytest.raises(DataError, match="nothing says whether these are classes or objects"):
+        convert_dataset(tmp_path / "s", tmp_path / "d")
+    made = convert_dataset(
+        tmp_path / "s", tmp_path / "d", source_format="masks-instances", class_name="cell", valid_share=0
+    )
+    assert made.objects == {"train": 2}
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        pytest.param([TRIANGLE_XY, [2, 2, 9, 2, 9, 9]], id="two polygons"),
+        pytest.param({"size": [48, 64], "counts": [100, 50, 48 * 64 - 150]}, id="run lengths as numbers"),
+        pytest.param(
+            {
+                "size": [48, 64],
+                "counts": coco_mask.encode(np.asfortranarray(RING.astype(np.uint8)))["counts"].decode(),
+            },
+            id="compressed",
+        ),
+    ],
+)
+@pytest.mark.parametrize("folder", ["val2017", "images", "images/val2017", "elsewhere/deep"])
+def test_coco_in_any_layout(folder, segmentation, tmp_path):
+    picture(tmp_path / "s" / folder / "a.png")
+    annotation = {
+        "id": 1,
+        "image_id": "x",
+        "category_id": 90,
+        "segmentation": segmentation,
+        "bbox": [0, 0, 1, 1],
+        "area": 1,
+        "iscrowd": 0,
+    }
+    document = {
+        "images": [{"id": "x", "file_name": "a.png", **SIZE}],
+        "annotations": [annotation],
+        "categories": [{"id": 90, "name": "toothbrush"}],
+    }
+    (tmp_path / "s/annotations").mkdir()
+    (tmp_path / "s/annotations/instances_val2017.json").write_text(json.dumps(document))
+    (tmp_path / "s/annotations/captions_val2017.json").write_text(
+        json.dumps(document | {"annotations": [{"image_id": "x", "caption": "?"}]})
+    )
+    convert_dataset(tmp_path / "s", tmp_path / "d", valid_share=0)
+    assert_masks(tmp_path / "d", {"a.png": [("toothbrush", decoded(segmentation))]})
+
+
+def test_a_label_file_alone_can_be_the_source(tmp_path):
+    shutil.copytree(SAMPLES / "coco", tmp_path / "s")
+    made = convert_dataset(tmp_path / "s/annotations/instances_val.json", tmp_path / "d", valid_share=0)
+    assert made.images == {"train": 1}
