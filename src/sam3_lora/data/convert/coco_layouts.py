@@ -57,8 +57,9 @@ def plan(tree: Tree, report: Report, class_name: str | None = None) -> Source:
     for path in _chosen(tree, report):
         document = tree.json(path)
         names = _class_names(document.get("categories"), path, report)
-        _gather(document, names, path, tree, images, report)
-        classes.update(dict.fromkeys(_used_or_own(document, names, path, report)))
+        if names:
+            _gather(document, names, path, tree, images, report)
+            classes.update(dict.fromkeys(_without_groups(document, names, path, report)))
     items = [
         Item(FilePicture(path), Known(g.objects, g.place, g.report), g.split, g.size_hw, upright=False)
         for path, g in sorted(images.items())
@@ -133,22 +134,21 @@ def _class_names(categories: Any, path: Path, report: Report) -> dict[Any, str]:
     return names
 
 
-def _used_or_own(document: Any, names: dict[Any, str], path: Path, report: Report) -> list[str]:
+def _without_groups(document: Any, names: Mapping[Any, str], path: Path, report: Report) -> list[str]:
     """Return the classes without those that label nothing and only group others, as Roboflow's class 0 does."""
-    used = {a.get("category_id") for a in document["annotations"] if isinstance(a, dict) and _hashable(a)}
-    groups = {c.get("supercategory") for c in document["categories"] if isinstance(c, dict)}
+    used = {a.get("category_id") for a in document["annotations"] if isinstance(a, dict) and _has_class(a)}
+    above = [(c.get("id"), c.get("supercategory")) for c in document["categories"] if isinstance(c, dict)]
     kept = []
     for key, name in names.items():
-        if key not in used and name in groups - {c for c in groups if c is None} and len(names) > 1:
-            own = next(c for c in document["categories"] if isinstance(c, dict) and c.get("id") == key)
-            if own.get("supercategory") != name:
-                report.note(PARENT, f"{path}: {name!r}")
-                continue
-        kept.append(name)
+        groups_others = any(group == name and other != key for other, group in above)
+        if key not in used and groups_others and (key, name) not in above:
+            report.note(PARENT, f"{path}: {name!r}")
+        else:
+            kept.append(name)
     return kept
 
 
-def _hashable(annotation: Mapping[str, Any]) -> bool:
+def _has_class(annotation: Mapping[str, Any]) -> bool:
     return isinstance(annotation.get("category_id"), (int, str))
 
 

@@ -224,14 +224,9 @@ def _jobs(
         above = item.picture.path.parent.name if isinstance(item.picture, FilePicture) else ""
         name = free_name(wanted, taken[split], above)
         if name != wanted:
-            report.note(RENAMED, f"{ascii_path(item.picture.place)} is {split}/{name}")
+            report.note(RENAMED, f"{item.picture.place} is {split}/{name}")
         jobs.append((item, folder / split / name, copy))
     return jobs
-
-
-def ascii_path(text: str) -> str:
-    """Return a text that can be printed, whatever bytes a file name has."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _converted(jobs: Sequence[tuple[Item, Path, bool]], workers: int) -> Iterator[Converted]:

@@ -7,7 +7,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from sam3_lora.data.convert import coco_layouts, cvat, hugging_face, labelme, masks, via, voc, yolo
+from sam3_lora.data.convert import coco_layouts, cvat, hugging_face, labelme, masks, via, via_files, voc, yolo
 from sam3_lora.data.convert.items import Source
 from sam3_lora.data.convert.report import Report
 from sam3_lora.data.convert.tree import Tree
@@ -40,7 +40,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         ),
         "coco": Format("a .json with 'images' and 'annotations'", coco_layouts.recognise, coco_layouts.plan),
         "labelme": Format("a .json with 'shapes' for each image", labelme.recognise, labelme.plan),
-        "via": Format("a VIA project (.json), or its export as .json or .csv", via.recognise, via.plan),
+        "via": Format("a VIA project (.json), or its export as .json or .csv", via_files.recognise, via.plan),
         "cvat": Format("an .xml with <annotations>", cvat.recognise, cvat.plan),
         "voc": Format(
             "an .xml with <annotation> for each image, or SegmentationClass/", voc.recognise, voc.plan
@@ -89,7 +89,7 @@ def _nothing_known(tree: Tree) -> str:
     suffixes: dict[str, int] = {}
     for path in tree.files:
         suffixes[path.suffix.lower() or "no suffix"] = suffixes.get(path.suffix.lower() or "no suffix", 0) + 1
-    most = sorted(suffixes.items(), key=lambda item: -item[1])[:8]
+    most = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))[:8]
     seen = ", ".join(f"{count} {suffix}" for suffix, count in most) or "no files"
     lines = [f"{tree.root} holds no labels that are known; seen: {seen}"]
     lines += [f"  {reason}" for reason in tree.broken[:5]]

@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sam3_lora.data.convert.items import Item, Size, Source
-from sam3_lora.data.convert.mask_files import connected_parts, semantic_to_coco, unnamed
-from sam3_lora.data.convert.masks import value_names
+from sam3_lora.data.convert.mask_files import connected_parts, semantic_to_coco, unnamed, value_names
 from sam3_lora.data.convert.objects import CocoObject, as_run_lengths, box_object, mask_object
 from sam3_lora.data.convert.pictures import StoredPicture
 from sam3_lora.data.convert.report import BAD_SHAPE, MASK_SIZE, MASK_VALUE, NO_CLASS, UNKNOWN_CLASS, Report

@@ -182,16 +182,14 @@ def _placed(small: NDArray[np.bool_], x: int, y: int, size_hw: Size) -> NDArray[
 
 
 def _are_points(points: Any) -> TypeGuard[Sequence[tuple[float, float]]]:
-    return (
-        isinstance(points, Sequence)
-        and bool(points)
-        and all(
-            isinstance(p, Sequence)
-            and len(p) == 2
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in p)
-            for p in points
-        )
-    )
+    return isinstance(points, list) and bool(points) and all(map(_is_point, points))
+
+
+def _is_point(point: Any) -> bool:
+    try:
+        return len(point) == 2 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in point)
+    except (TypeError, OverflowError):
+        return False
 
 
 def _looks_like_one(path: Path, tree: Tree) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,21 @@ from PIL import Image
 
 from sam3_lora.data.convert import label_files
 from sam3_lora.data.convert.objects import CocoObject, mask_object
+from sam3_lora.data.convert.report import UNREADABLE, Report
+from sam3_lora.data.convert.tree import Tree
 from sam3_lora.errors import DataError
+
+_LISTS = (
+    "_classes.csv",
+    "classes.txt",
+    "labels.txt",
+    "labelmap.txt",
+    "classes.json",
+    "id2label.json",
+    "class_names.txt",
+)
+#: Names of what is not an object.
+BACKGROUND = ("background", "_background_", "bg", "void", "unlabeled", "unlabelled", "ignore", "__ignore__")
 
 Values = NDArray[np.int64]
 Colour = tuple[int, int, int]
@@ -123,3 +139,45 @@ def read_label_map(path: Path) -> list[tuple[str, Colour | None]]:
 def unnamed(values: Values, names: Mapping[int, Any], ignored: Sequence[int] = (0,)) -> list[int]:
     """Return the values that are neither named nor ignored, the first few."""
     return [int(v) for v in np.unique(values) if int(v) not in names and int(v) not in ignored][:5]
+
+
+def value_names(tree: Tree, report: Report) -> dict[int, str]:
+    """Return the class of each pixel value that a list of classes beside the masks gives."""
+    for name in _LISTS:
+        for path in tree.files:
+            if path.name == name:
+                try:
+                    return _read_names(path)
+                except (DataError, ValueError, KeyError, csv.Error) as error:
+                    report.problem(
+                        UNREADABLE, str(error) if isinstance(error, DataError) else f"{path}: {error!r}"
+                    )
+    return {}
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    if path.name == "labelmap.txt":
+        entries = read_label_map(path)
+        names = {i: name for i, (name, _) in enumerate(entries)}
+        names.update({r << 16 | g << 8 | b: name for name, (r, g, b) in ((n, c) for n, c in entries if c)})
+        return names
+    if path.suffix == ".csv":  # Roboflow: "Pixel Value, Class"
+        rows = list(csv.reader(label_files.read_text(path).splitlines(), skipinitialspace=True))
+        return {int(row[0]): row[1].strip() for row in rows[1:] if len(row) > 1}
+    if path.suffix == ".json":
+        return _names_in(label_files.read_json(path), path)
+    lines = [line.strip() for line in label_files.read_text(path).splitlines() if line.strip()]
+    lines = [line for line in lines if line != "__ignore__"]
+    start = 0 if lines and lines[0].lower() in BACKGROUND else 1
+    return dict(enumerate(lines, start))
+
+
+def _names_in(value: Any, path: Path) -> dict[int, str]:
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        start = 0 if value and value[0].lower() in BACKGROUND else 1
+        return dict(enumerate(value, start))
+    if isinstance(value, dict) and value:
+        if all(isinstance(name, str) for name in value.values()):
+            return {int(key): name for key, name in value.items()}
+        return {int(number): str(name) for name, number in value.items()}
+    raise DataError(f"{path} holds {json.dumps(value)[:60]}, not names by pixel value")

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sam3_lora.data.convert import label_files
 from sam3_lora.data.convert.items import Item, Size, Source, note_unlabelled
 from sam3_lora.data.convert.mask_files import (
+    BACKGROUND,
     connected_parts,
     instances_to_coco,
     masks_to_coco,
     read_binary,
-    read_label_map,
     read_values,
     semantic_to_coco,
     unnamed,
+    value_names,
 )
 from sam3_lora.data.convert.objects import CocoObject, mask_object
 from sam3_lora.data.convert.pictures import FilePicture
@@ -40,16 +38,6 @@ _ENDING = re.compile(
     r"[_\-. ](masks?|labels?|seg|segmentation|gt|annotation|instance_?ids?|label_?ids?)$", re.IGNORECASE
 )
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-_LISTS = (
-    "_classes.csv",
-    "classes.txt",
-    "labels.txt",
-    "labelmap.txt",
-    "classes.json",
-    "id2label.json",
-    "class_names.txt",
-)
-_BACKGROUND = ("background", "_background_", "bg", "void", "unlabeled", "unlabelled", "ignore", "__ignore__")
 _SAMPLE = 24
 KINDS = ("masks-binary", "masks-semantic", "masks-instances")
 
@@ -113,7 +101,7 @@ class MaskLabels:
                 MASK_VALUE, f"{mask.path} has {', '.join(map(str, unknown))}; named are {_shown(self.names)}"
             )
             return []
-        return semantic_to_coco(values, {v: n for v, n in self.names.items() if n.lower() not in _BACKGROUND})
+        return semantic_to_coco(values, {v: n for v, n in self.names.items() if n.lower() not in BACKGROUND})
 
 
 def recognise(tree: Tree) -> str:
@@ -152,7 +140,7 @@ def plan(tree: Tree, report: Report, class_name: str | None = None, kind: str | 
     ]
     used = {mask.path for masks in pairs.values() for mask in masks}
     note_unlabelled([image for image in tree.images if image not in used], items, report)
-    return Source(items, list(dict.fromkeys(n for n in names.values() if n.lower() not in _BACKGROUND)))
+    return Source(items, list(dict.fromkeys(n for n in names.values() if n.lower() not in BACKGROUND)))
 
 
 def _fits(shape: tuple[int, ...], path: Path, size_hw: Size, report: Report) -> bool:
@@ -259,48 +247,6 @@ def _category(path: Path, rest: str, tree: Tree) -> str | None:
         ]
         return named[-1] if named else None
     return None
-
-
-def value_names(tree: Tree, report: Report) -> dict[int, str]:
-    """Return the class of each pixel value that a list of classes beside the masks gives."""
-    for name in _LISTS:
-        for path in tree.files:
-            if path.name == name:
-                try:
-                    return _read_names(path)
-                except (DataError, ValueError, KeyError, csv.Error) as error:
-                    report.problem(
-                        UNREADABLE, str(error) if isinstance(error, DataError) else f"{path}: {error!r}"
-                    )
-    return {}
-
-
-def _read_names(path: Path) -> dict[int, str]:
-    if path.name == "labelmap.txt":
-        entries = read_label_map(path)
-        names = {i: name for i, (name, _) in enumerate(entries)}
-        names.update({r << 16 | g << 8 | b: name for name, (r, g, b) in ((n, c) for n, c in entries if c)})
-        return names
-    if path.suffix == ".csv":  # Roboflow: "Pixel Value, Class"
-        rows = list(csv.reader(label_files.read_text(path).splitlines(), skipinitialspace=True))
-        return {int(row[0]): row[1].strip() for row in rows[1:] if len(row) > 1}
-    if path.suffix == ".json":
-        return _names_in(label_files.read_json(path), path)
-    lines = [line.strip() for line in label_files.read_text(path).splitlines() if line.strip()]
-    lines = [line for line in lines if line != "__ignore__"]
-    start = 0 if lines and lines[0].lower() in _BACKGROUND else 1
-    return dict(enumerate(lines, start))
-
-
-def _names_in(value: Any, path: Path) -> dict[int, str]:
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        start = 0 if value and value[0].lower() in _BACKGROUND else 1
-        return dict(enumerate(value, start))
-    if isinstance(value, dict) and value:
-        if all(isinstance(name, str) for name in value.values()):
-            return {int(key): name for key, name in value.items()}
-        return {int(number): str(name) for name, number in value.items()}
-    raise DataError(f"{path} holds {json.dumps(value)[:60]}, not names by pixel value")
 
 
 def _shown(names: Mapping[int, str]) -> str:

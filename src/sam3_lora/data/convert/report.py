@@ -61,6 +61,11 @@ LOST = Kind("part of a label that COCO cannot say, left out", "nothing to do")
 NO_VALID = Kind("no validation split", "label more images: one image cannot be shared out")
 
 
+def printable(text: str) -> str:
+    """Return a text that can be printed, whatever bytes the file names in it have."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass
 class Report:
     """Problems and notes, gathered one by one, also in other processes."""
@@ -69,10 +74,10 @@ class Report:
     notes: Findings = field(default_factory=Findings)
 
     def problem(self, kind: Kind, place: str) -> None:
-        self.problems.add(kind, place)
+        self.problems.add(kind, printable(place))
 
     def note(self, kind: Kind, place: str) -> None:
-        self.notes.add(kind, place)
+        self.notes.add(kind, printable(place))
 
     def raise_problems(self, title: str) -> None:
         """Do nothing if no problem was found.

@@ -32,6 +32,7 @@ from sam3_lora.errors import DataError
 
 _NAME_FILES = ("classes.txt", "obj.names", "labels.names", "_darknet.labels")
 _SPLIT_KEYS = {"train": "train", "val": "valid", "valid": "valid", "test": "test"}
+_UNKNOWN = ("?",) * 10_000  # so that labels are checked for all else
 _MOST_OVER = 0.05  # shares of the image; exports round, and crops cut. Ultralytics drops images with any
 
 
@@ -227,35 +228,38 @@ def _config(tree: Tree, report: Report) -> tuple[dict[str, Any], Path | None]:
     return found[0] if found else ({}, None)
 
 
-def _names(config: dict[str, Any], path: Path | None, tree: Tree, report: Report) -> list[str]:
+def _names(config: dict[str, Any], path: Path | None, tree: Tree, report: Report) -> Sequence[str]:
+    """Return the classes by their number; where they cannot be known, as many as any label needs."""
     if path is not None:
-        names = config["names"]
-        if isinstance(names, dict):
-            names = {int(k) if str(k).isdecimal() else k: name for k, name in names.items()}
-        if isinstance(names, dict) and names and all(type(key) is int and key >= 0 for key in names):
-            listed = [names.get(i, "") for i in range(min(max(names) + 1, 100_000))]
-            gaps = {i for i in range(len(listed)) if i not in names}
-        else:
-            listed, gaps = names, set()
-        if not isinstance(listed, list) or not listed:
-            report.problem(UNREADABLE, f"{path}: 'names' is {str(names)[:60]!r}, not a list of classes")
-            return []
-        for number, name in enumerate(listed):
-            if number not in gaps and not (isinstance(name, (str, int, float)) and str(name).strip()):
-                report.problem(EMPTY_NAME, f"{path}: class {number} has the name {name!r}")
-        return [str(name) for name in listed]
+        return _config_names(config["names"], path, report)
     for file in tree.with_suffix(".txt", ".names", ".labels"):
         if file.name in _NAME_FILES:
             try:
-                lines = label_files.read_text(file).splitlines()
+                return [line.strip() for line in label_files.read_text(file).splitlines() if line.strip()]
             except DataError as error:
                 report.problem(UNREADABLE, str(error))
-                return []
-            return [line.strip() for line in lines if line.strip()]
+                return _UNKNOWN
     report.problem(
         UNKNOWN_CLASS, f"{tree.root} names no classes: it has no data.yaml with 'names' and no classes.txt"
     )
-    return []
+    return _UNKNOWN
+
+
+def _config_names(names: Any, path: Path, report: Report) -> Sequence[str]:
+    if isinstance(names, dict):
+        numbered = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+        whole = bool(names) and len(numbered) == len(names) and max(numbered) < len(_UNKNOWN)
+        # A number that is left out is not named, and no mistake as long as no label has it.
+        listed: Any = [numbered.get(i, f"class {i}") for i in range(max(numbered) + 1)] if whole else None
+    else:
+        listed = names
+    if not isinstance(listed, list) or not listed:
+        report.problem(UNREADABLE, f"{path}: 'names' is {repr(names)[:60]}, not a list of classes")
+        return _UNKNOWN
+    for number, name in enumerate(listed):
+        if not isinstance(name, (str, int, float)) or not str(name).strip():
+            report.problem(EMPTY_NAME, f"{path}: class {number} has the name {repr(name)[:60]}")
+    return [str(name) for name in listed]
 
 
 def _config_splits(config: dict[str, Any], path: Path | None, tree: Tree, report: Report) -> dict[Path, str]:
@@ -273,7 +277,7 @@ def _config_splits(config: dict[str, Any], path: Path | None, tree: Tree, report
 
 
 def _listed_images(entry: str, base: str, config: Path, tree: Tree) -> list[Path] | None:
-    """Return the images in a folder, or in a text file that lists them; None if there is none such below the root.
+    """Return the images in a folder or in a list; None if there is none such below the root.
 
     Roboflow writes ``../train/images`` for what lies beside the YAML, and Ultralytics' ``path`` is that of another
     machine more often than not: so the end of the path counts.
