@@ -245,3 +245,14 @@ def test_via_regions_without_a_class_need_one(tmp_path):
         convert_dataset(tmp_path / "s", tmp_path / "d")
     assert "2 problems" in str(caught.value)
     assert convert_dataset(tmp_path / "s", tmp_path / "d", class_name="balloon").categories == ["balloon"]
+
+
+def test_what_was_converted_stays_the_same_when_it_is_converted_again(tmp_path):
+    circle = " ".join(f"{0.5 + 0.31 * f(t):.6f}" for t in np.linspace(0, 6, 26) for f in (np.cos, np.sin))
+    yolo(tmp_path / "s", [f"0 {circle}", "1 0.31 0.37 0.211 0.133"])
+    convert_dataset(tmp_path / "s", tmp_path / "once", valid_share=0)
+    convert_dataset(tmp_path / "once", tmp_path / "twice", valid_share=0)
+    once, twice = (
+        json.loads((tmp_path / d / "train" / ANNOTATION_FILE).read_text()) for d in ("once", "twice")
+    )
+    assert once == twice

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from sam3_lora.data.coco import RunLengths, mask_to_run_lengths
 from sam3_lora.data.convert.report import BAD_SHAPE, BOX_MASK, CUT, NO_PIXEL, OUTSIDE, Report
 
-_DIGITS = 3  # thousandths of a pixel
+_DIGITS = 6  # of a pixel: what a product of shares and sizes has, without the noise of floats
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,11 @@ def to_annotation(
         if leaves > 1:
             report.problem(OUTSIDE, f"{place} leaves the image, which is {size_hw[1]} x {size_hw[0]}")
             return None
+        segmentation = [[round(float(v), _DIGITS) for v in part] for part in segmentation]
         encoded = _encoded(segmentation, size_hw)
         if leaves > 0:
             report.note(CUT, place)
             segmentation = _as_text(encoded)
-        else:
-            segmentation = [[round(float(v), _DIGITS) for v in part] for part in segmentation]
     area = float(coco_mask.area(encoded))
     if not area:
         report.note(NO_PIXEL, place)
