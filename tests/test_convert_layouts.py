@@ -24,6 +24,7 @@ from drawn_shapes import (
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.convert import convert_dataset
 from sam3_lora.errors import DataError
 
@@ -188,3 +189,17 @@ def test_a_label_file_alone_can_be_the_source(tmp_path):
     shutil.copytree(SAMPLES / "coco", tmp_path / "s")
     made = convert_dataset(tmp_path / "s/annotations/instances_val.json", tmp_path / "d", valid_share=0)
     assert made.images == {"train": 1}
+
+
+def test_a_missing_image_is_not_taken_from_another_split(tmp_path):
+    for split in ("train", "valid"):
+        picture(tmp_path / f"s/{split}/a.png")
+        document = {
+            "images": [{"id": 1, "file_name": "a.png", **SIZE}],
+            "annotations": [],
+            "categories": [{"id": 1, "name": "x"}],
+        }
+        (tmp_path / f"s/{split}" / ANNOTATION_FILE).write_text(json.dumps(document))
+    (tmp_path / "s/train/a.png").unlink()
+    with pytest.raises(DataError, match=r"labels of an image that is not there: .*train.* means 'a.png'"):
+        convert_dataset(tmp_path / "s", tmp_path / "d")

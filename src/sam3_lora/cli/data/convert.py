@@ -99,6 +99,7 @@ def _as_dict(made: Conversion) -> dict[str, Any]:
 
 def _print(made: Conversion) -> None:
     from sam3_lora.cli import tables
+    from sam3_lora.data.convert.report import printable
 
     for note in made.notes:
         print(f"note: {note}\n")
@@ -107,7 +108,7 @@ def _print(made: Conversion) -> None:
         {
             "Format": f"{made.format} ({made.evidence})",
             **counts,
-            "Classes": ", ".join(made.categories),
-            "Next": f"sam3-lora data check {tables.short_path(made.folder)}",
+            "Classes": printable(", ".join(made.categories)),
+            "Next": printable(f"sam3-lora data check {tables.short_path(made.folder)}"),
         }
     )

@@ -179,7 +179,7 @@ def _gather(
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
             report.problem(UNREADABLE, f"{place} is {str(image)[:60]}, without an id")
             continue
-        file = tree.find_image(image.get("file_name"), _near(path, split, tree), report, place)
+        file = tree.find_image(image.get("file_name"), _near(path, tree), report, place, split)
         if file is not None:
             gathered = _entry(file, image, split or split_of(tree.relative(file)), path, images, report)
             for annotation in by_image[image["id"]]:
@@ -187,7 +187,7 @@ def _gather(
                 gathered.objects += coco_to_coco(annotation, names, gathered.report, where)
 
 
-def _near(path: Path, split: str | None, tree: Tree) -> Path:
+def _near(path: Path, tree: Tree) -> Path:
     """Return the folder where the images of a file probably are: ``val2017`` for ``instances_val2017.json``."""
     for folder in (path.parent, path.parent.parent):
         word = path.stem.rpartition("_")[2]

@@ -21,7 +21,7 @@ from sam3_lora.data.convert.archive import extract_zip
 from sam3_lora.data.convert.formats import FORMATS, recognised
 from sam3_lora.data.convert.items import Converted, Item, Source, convert_item
 from sam3_lora.data.convert.pictures import FilePicture, free_name
-from sam3_lora.data.convert.report import NO_VALID, RENAMED, Report
+from sam3_lora.data.convert.report import NO_VALID, RENAMED, Report, printable
 from sam3_lora.data.convert.tree import Tree, list_tree
 from sam3_lora.data.convert.writing import Categories, SplitWriter
 from sam3_lora.data.problems import Problem
@@ -106,7 +106,7 @@ def convert_dataset(
             mark_made(folder, MADE_BY)
     images = {split: writer.images for split, writer in written.items()}
     objects = {split: writer.objects for split, writer in written.items()}
-    return Conversion(dst, kind, evidence, images, objects, names, report.notes.problems())
+    return Conversion(dst, kind, printable(evidence), images, objects, names, report.notes.problems())
 
 
 @contextmanager

@@ -73,11 +73,17 @@ class Tree:
     def broken(self) -> list[str]:
         return list(self._broken.values())
 
-    def find_image(self, name: Any, near: Path, report: Report, place: str) -> Path | None:
+    def find_image(
+        self, name: Any, near: Path, report: Report, place: str, split: str | None = None
+    ) -> Path | None:
         """Return the image that a label file in the folder ``near`` means, or report that there is none or several.
 
         It is searched there first, then anywhere below the root by the longest part of its path that fits, also with
-        another suffix. A path that leads out of the root is never followed.
+        another suffix; but not in the folder of another split, which often has other images of the same names. A path
+        that leads out of the root is never followed.
+
+        Args:
+            split: That of the label file, if not the folder says it.
         """
         if not isinstance(name, str) or not name.strip():
             report.problem(MISSING_IMAGE, f"{place} names no image")
@@ -90,6 +96,8 @@ class Tree:
         found = self._by_name.get(parts[-1].lower(), []) if parts else []
         if not found and parts:
             found = self._by_stem.get(PurePosixPath(parts[-1]).stem.lower(), [])
+        split = split or split_of(self.relative(near / "any"))
+        found = [path for path in found if self._may_be(path, split, parts)]
         best = _closest(found, parts, near)
         if len(best) == 1:
             return best[0]
@@ -99,6 +107,11 @@ class Tree:
         else:
             report.problem(MISSING_IMAGE, f"{place} means {name!r}")
         return None
+
+    def _may_be(self, path: Path, split: str | None, parts: list[str]) -> bool:
+        own = split_of(self.relative(path))
+        named = len(parts) > 1 and path.parent.name.lower() == parts[-2].lower()
+        return named or None in (own, split) or own == split
 
     @cached_property
     def _image_set(self) -> frozenset[Path]:

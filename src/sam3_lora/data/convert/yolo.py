@@ -19,6 +19,7 @@ from sam3_lora.data.convert.pictures import FilePicture
 from sam3_lora.data.convert.report import (
     BAD_SHAPE,
     EMPTY_NAME,
+    IGNORED,
     LOST,
     ORPHAN,
     OUTSIDE,
@@ -74,8 +75,9 @@ def recognise(tree: Tree) -> str:
             continue
         if isinstance(value, dict) and "names" in value:
             return f"{tree.relative(path)} with 'names'"
+    expected = {key for image in tree.images for key in _label_keys(image)}
     for path in tree.with_suffix(".txt"):
-        if path.name not in _NAME_FILES and _is_label_file(path) and _images_of(path, tree):
+        if path.with_suffix("") in expected and path.name not in _NAME_FILES and _is_label_file(path):
             return f"{tree.relative(path)} with a row of numbers for each object"
     return ""
 
@@ -90,6 +92,7 @@ def plan(tree: Tree, report: Report, class_name: str | None = None) -> Source:
     items, used = [], set()
     for image in tree.images:
         if splits and image not in splits:
+            report.note(IGNORED, f"{image} is in no split of {config_path}")
             continue
         path = next((labels[key] for key in _label_keys(image) if key in labels), None)
         used.add(path)
@@ -203,10 +206,6 @@ def _label_keys(image: Path) -> list[Path]:
             keys.append(Path(*parts[:position], "labels", *parts[position + 1 :]))
             break
     return [*keys, image.with_suffix(""), image.parent / "labels" / image.stem]
-
-
-def _images_of(label: Path, tree: Tree) -> bool:
-    return any(label.with_suffix("") in _label_keys(image) for image in tree.images[:2000])
 
 
 def _config(tree: Tree, report: Report) -> tuple[dict[str, Any], Path | None]:
