@@ -209,7 +209,7 @@ def _try_kinds(component: str, kinds: list[str], method: Method) -> str:
     try:
         merged = outputs(loaded.merge_and_unload())
     except Exception as error:  # of whatever kind PEFT raises
-        return f"works, no merging: {type(error).__name__}: {error}"
+        return f"works, no merging: {_reason(error)}"
     return (
         "works, no merging: a merged adapter gives other outputs"
         if _differ(merged, expected, tolerance)
@@ -234,7 +234,8 @@ def _reason(error: Exception) -> str:
     line = re.sub(r"^.*(cannot start from these weights|does not work on these modules): ", "", line)
     line = re.sub(r"\w+(\.\w+)+: ", "", line)
     line = re.sub(r"PEFT refuses these settings \((\w+)\): ", r"\1: ", line)
-    line = re.sub(r"KeyError: .*", "KeyError: it has no place for some modules", line)
+    line = re.sub(r"KeyError: .*", "it has no place for some modules", line)
+    line = re.sub(r"^\w+Error: ", "", line).removesuffix(".")
     line = re.sub(
         r"\w+ does not support target modules of type <class '.*Conv2d'> yet", "Conv2d is not supported", line
     )

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from tiny_forward import forward, forward_with_gradients
+from tiny_forward import assert_close, forward, two_steps, untouched
 
 from sam3_lora.adapter import (
     adapted_modules,
@@ -21,7 +21,6 @@ from sam3_lora.adapter import (
     unload,
 )
 from sam3_lora.attention import split_attention
-from sam3_lora.base.loading import load_base
 from sam3_lora.errors import AdapterError, ConfigError, TargetError
 from sam3_lora.training.builder import build_sam3_lora_model
 from sam3_lora.verification import verify_adapter
@@ -42,25 +41,8 @@ METHODS = [
 DECODER = {"components": ["detr_decoder"], "kinds": ["attention", "mlp"]}
 
 
-def untouched():
-    return load_base("tiny", device="cpu")
-
-
-def assert_close(found, expected, tolerance=1e-5):
-    for name, tensor in expected.items():
-        difference = (found[name] - tensor).abs().max()
-        assert difference <= tolerance * tensor.abs().max().clamp(min=1), f"{name}: {difference:.1e}"
-
-
 def trained(config, **places):
-    adapted = get_peft_sam3(untouched(), config, **(places or DECODER))
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(2):
-        optimizer.zero_grad()
-        outputs = forward_with_gradients(adapted.get_base_model())
-        sum(output.square().mean() for output in outputs.values()).backward()
-        optimizer.step()
-    return adapted.eval()
+    return two_steps(get_peft_sam3(untouched(), config, **(places or DECODER)), lr=0.02)
 
 
 @pytest.mark.parametrize("config", METHODS)

@@ -5,13 +5,12 @@ import functools
 import peft
 import pytest
 import torch
-from tiny_forward import forward
+from tiny_forward import assert_close, forward, untouched
 
 from sam3_lora import dataset_losses
 from sam3_lora.adapter import adapted_modules, get_peft_sam3, load_adapter, save_adapter
 from sam3_lora.adapter.layers import inner_model, strengths_of
 from sam3_lora.adapter_plan import plan_adapter
-from sam3_lora.base.loading import load_base
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, DataError
 from sam3_lora.training.builder import build_sam3_lora_model
@@ -20,16 +19,6 @@ from sam3_lora.training.settings import TrainSettings, check_settings
 torch.set_num_threads(1)
 
 ATTENTION = {"components": ["detr_encoder"], "kinds": ["attention"], "r": 4}
-
-
-def untouched():
-    return load_base("tiny", device="cpu")
-
-
-def assert_close(found, expected, tolerance=1e-5):
-    for name, tensor in expected.items():
-        difference = (found[name] - tensor).abs().max()
-        assert difference <= tolerance * tensor.abs().max().clamp(min=1), f"{name}: {difference:.1e}"
 
 
 @pytest.fixture(scope="module")

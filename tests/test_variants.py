@@ -10,12 +10,11 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
-from tiny_forward import forward, forward_with_gradients
+from tiny_forward import assert_close, forward, two_steps, untouched
 
 from sam3_lora.adapter import get_peft_sam3, load_adapter, save_adapter
 from sam3_lora.adapter.methods import REFUSED
 from sam3_lora.attention import split_attention
-from sam3_lora.base.loading import load_base
 from sam3_lora.components import COMPONENTS
 
 torch.set_num_threads(1)
@@ -48,25 +47,8 @@ CHANGE_BASE = [
 ]
 
 
-def untouched():
-    return load_base("tiny", device="cpu")
-
-
 def trained(**overrides):
-    adapted = get_peft_sam3(untouched(), "minimal", **overrides)
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(2):
-        optimizer.zero_grad()
-        outputs = forward_with_gradients(adapted.get_base_model())
-        sum(output.square().mean() for output in outputs.values()).backward()
-        optimizer.step()
-    return adapted.eval()
-
-
-def assert_close(found, expected):
-    for name, tensor in expected.items():
-        difference = (found[name] - tensor).abs().max()
-        assert difference <= 1e-5 * tensor.abs().max().clamp(min=1), f"{name}: {difference:.1e}"
+    return two_steps(get_peft_sam3(untouched(), "minimal", **overrides), lr=0.05)
 
 
 @pytest.mark.parametrize("overrides", [*VARIANTS, *CHANGE_BASE])

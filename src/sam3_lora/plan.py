@@ -39,18 +39,15 @@ from sam3_lora.targets import (
 )
 from sam3_lora.train_also import TRAIN_ALSO, layers_of, word_problems
 
-#: Settings that choose modules, whatever the method.
-SELECTING = (
-    "components",
-    "kinds",
-    LAST_BLOCKS,
-    TRAIN_ALSO,
+SELECTING_OF_PEFT = (
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
     "modules_to_save",
 )
+#: Settings that choose modules, whatever the method.
+SELECTING = ("components", "kinds", LAST_BLOCKS, TRAIN_ALSO, *SELECTING_OF_PEFT)
 # Settings that choose modules or strengths: they go into the plan, everything else goes to PEFT as it is.
 _RESOLVED = (
     *OVERRIDES,

@@ -10,15 +10,13 @@ from torch import nn
 
 from sam3_lora.adapter.files import changes_base
 from sam3_lora.adapter.layers import (
-    Origin,
     adapter_layers,
     inner_model,
     lora_config_of,
     note_strengths,
-    origin_of,
-    remember_origin,
     strengths_of,
 )
+from sam3_lora.adapter.origin import Origin, origin_of, remember_origin
 from sam3_lora.adapter.wrapper import (
     check_known,
     check_name,

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sam3_lora.adapter.injection import INIT_FROM_WEIGHTS
 from sam3_lora.adapter.layers import PEFT_PREFIX, PREFIX
 from sam3_lora.adapter.methods import refuse_method
+from sam3_lora.adapter.wrapping import INIT_FROM_WEIGHTS
 from sam3_lora.errors import AdapterError, ConfigError
 from sam3_lora.record import RECORD_FILE, AdapterRecord, read_record
 

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from sam3_lora.adapter.files import read_adapter
 from sam3_lora.adapter.layers import (
     PREFIX,
-    Origin,
     adapter_layers,
     adapter_parameters,
     inner_model,
     lora_config_of,
-    remember_origin,
 )
 from sam3_lora.adapter.loading import fingerprint_without_adapters, refuse_misfits
+from sam3_lora.adapter.origin import Origin, remember_origin
 from sam3_lora.adapter.scaling import set_scaling
 from sam3_lora.adapter.several import adapter_names
 from sam3_lora.adapter.wrapper import check_known, refuse_merged, wrapper_of

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import gc
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from sam3_lora.adapter.conversion import start_changes_base
 from sam3_lora.adapter.copies import copy_model, in_same_memory, without_weights
 from sam3_lora.adapter.layers import (
-    Origin,
     adapter_tensors,
     config_of,
     fingerprint_of,
@@ -25,7 +21,6 @@ from sam3_lora.adapter.layers import (
     method_of,
     modules_with,
     refuse_adapted,
-    remember_origin,
     remember_wrapper,
     saved_modules,
     strengths_of,
@@ -39,6 +34,7 @@ from sam3_lora.adapter.methods import (
     refuse_method,
     trial_model,
 )
+from sam3_lora.adapter.origin import Origin, remember_origin
 from sam3_lora.adapter.starting import (
     Step,
     gather,
@@ -48,6 +44,7 @@ from sam3_lora.adapter.starting import (
     start_problems,
 )
 from sam3_lora.adapter.wrapper import check_name
+from sam3_lora.adapter.wrapping import INIT_FROM_WEIGHTS, try_on, wrap
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.liveness import refuse_uncalled
@@ -55,9 +52,6 @@ from sam3_lora.plan import Plan, make_plan, select_modules
 from sam3_lora.presets import Preset, get_preset
 
 _LORA_FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.init)
-
-# These need the weights to start from; the trial on the meta device has only shapes.
-INIT_FROM_WEIGHTS = ("pissa", "olora", "orthogonal", "eva", "corda", "loftq", "lora_ga")
 
 
 def get_peft_sam3(
@@ -227,47 +221,6 @@ def _lora_config(plan: Plan) -> LoraConfig:
         return LoraConfig(**plan.lora_config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"PEFT refuses these settings: {error}") from error
-
-
-def try_on(trial: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    """Wrap a copy of a model, so that whatever PEFT refuses is known before the real one is touched.
-
-    Args:
-        trial: Without weights for LoRA; other methods may read those of the modules that they wrap.
-        config: Stays as it is.
-        adapter_name: PEFT's name for the adapter.
-    """
-    config = copy.deepcopy(config)
-    if isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith(INIT_FROM_WEIGHTS):
-        config.init_lora_weights = True
-    try:
-        adapted = wrap(trial, config, adapter_name, low_cpu_mem_usage=isinstance(config, LoraConfig))
-        adapter_tensors(adapted, adapter_name)  # which reads further settings
-    except Exception as error:  # PEFT checks little: a wrong type may surface as anything
-        raise ConfigError(f"PEFT refuses these settings ({type(error).__name__}): {error}") from error
-    return adapted
-
-
-def wrap(
-    model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool = False
-) -> PeftModel:
-    config.base_model_name_or_path = None  # PEFT takes it from the model, and warns about any other
-    with garbage_left():
-        adapted = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert isinstance(adapted, PeftModel)  # a PeftMixedModel only comes with mixed=True
-    return adapted
-
-
-@contextlib.contextmanager
-def garbage_left() -> Iterator[None]:
-    """Keep the garbage collector from running: it would go through all of torch's objects, for a fifth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _check_wrapped(adapted: PeftModel, adapter_name: str, plan: Plan) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ PREFIX = PEFT_PREFIX + "model."  # of those that belong to a module
 NO_WRAPPER = "PEFT wrapped this model without sam3-lora; pass the PeftModel instead of the model inside"
 
 _BASE_CHILDREN = ("base_layer.", "original_module.")
-_ORIGINS = "_sam3_lora_origins"
 _FINGERPRINT = "_sam3_lora_fingerprint"
 _WRAPPER = "_sam3_lora_wrapper"
 
@@ -35,17 +33,6 @@ class ParameterCount(NamedTuple):
 
     trainable: int
     total: int
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an adapted model remembers of one adapter: the base before it, what it was trained on, and its tensors at the
-    start, if that changed the base."""
-
-    base_fingerprint: Mapping[str, str]
-    prompts: Sequence[str] = ()
-    training: Mapping[str, Any] = field(default_factory=dict)
-    initial: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -236,21 +223,6 @@ def fingerprint_of(model: nn.Module) -> Mapping[str, str]:
     inner = inner_model(model)
     remembered: Mapping[str, str] | None = getattr(inner, _FINGERPRINT, None)
     return base_fingerprint(base_parameters(inner)) if remembered is None else remembered
-
-
-def remember_origin(model: nn.Module, adapter_name: str, origin: Origin) -> None:
-    inner = inner_model(model)
-    setattr(inner, _ORIGINS, {**getattr(inner, _ORIGINS, {}), adapter_name: origin})
-
-
-def forget_origins(inner: nn.Module, adapter_names: Collection[str]) -> None:
-    kept = {name: o for name, o in getattr(inner, _ORIGINS, {}).items() if name not in adapter_names}
-    setattr(inner, _ORIGINS, kept)
-
-
-def origin_of(inner: nn.Module, adapter_name: str) -> Origin | None:
-    origins: Mapping[str, Origin] = getattr(inner, _ORIGINS, {})
-    return origins.get(adapter_name)
 
 
 def saved_modules(inner: nn.Module) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from sam3_lora.adapter.copies import cloned, copy_model, in_same_memory, without_weights
+from sam3_lora.adapter.copies import cloned, copy_model, in_same_memory
 from sam3_lora.adapter.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -18,27 +18,25 @@ from sam3_lora.adapter.files import (
     changes_base,
     read_adapter,
 )
-from sam3_lora.adapter.injection import garbage_left, try_on, wrap
 from sam3_lora.adapter.layers import (
-    Origin,
     adapter_tensors,
     fingerprint_of,
     inner_model,
     modules_with,
     refuse_adapted,
-    remember_origin,
     remember_wrapper,
     share_identities,
     strengths_of,
 )
+from sam3_lora.adapter.origin import Origin, remember_origin
 from sam3_lora.adapter.wrapper import (
     check_name,
     has_adapters,
     refuse_merged,
     remove_adapter,
-    try_beside,
     wrapper_of,
 )
+from sam3_lora.adapter.wrapping import garbage_left, trial_copy, try_beside, try_on, wrap
 from sam3_lora.attention import split_attention
 from sam3_lora.errors import AdapterError, ConfigError, as_report
 from sam3_lora.fingerprint import changed_components
@@ -178,9 +176,7 @@ def refuse_misfits(
 def _tried(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
     if has_adapters(model):
         return try_beside(wrapper_of(model), config, adapter_name)
-    lora = isinstance(config, LoraConfig)
-    trial = without_weights(model) if lora else copy_model(model, in_same_memory)
-    return try_on(split_attention(trial), config, adapter_name)
+    return try_on(split_attention(trial_copy(model, config)), config, adapter_name)
 
 
 def _against_record(saved: SavedAdapter, record: AdapterRecord, fingerprint: Mapping[str, str]) -> list[str]:

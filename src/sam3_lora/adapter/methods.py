@@ -16,6 +16,7 @@ from sam3_lora.adapter.copies import is_quantised, without_weights
 from sam3_lora.adapter.layers import method_of
 from sam3_lora.components import component_of
 from sam3_lora.errors import ConfigError
+from sam3_lora.plan import SELECTING_OF_PEFT
 
 _LANGUAGE_MODEL = "it reads the settings of a transformers language model, which SAM3 has not"
 _PROMPTS = "it adds tokens to the input of a language model, and SAM3's input is an image"
@@ -62,8 +63,7 @@ def lora_settings(config: LoraConfig) -> dict[str, Any]:
 
 def chosen_settings(config: PeftConfig) -> dict[str, Any]:
     """Return those settings of a config that choose modules, as far as they are given."""
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    given = {name: getattr(config, name, None) for name in names}
+    given = {name: getattr(config, name, None) for name in SELECTING_OF_PEFT}
     return {name: value for name, value in given.items() if value}
 
 
@@ -72,7 +72,7 @@ def config_for(config: PeftConfig, modules: Collection[str], saved: Collection[s
     full: Any = copy.deepcopy(config)
     full.target_modules = "|".join(map(re.escape, modules))
     full.modules_to_save = list(saved) or None
-    for other in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+    for other in {*SELECTING_OF_PEFT} - {"target_modules", "modules_to_save"}:
         if hasattr(full, other):
             setattr(full, other, None)
     if method_of(full) == "IA3" and not full.feedforward_modules:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from sam3_lora.adapter.conversion import as_plain_lora, plain_strength, start_changes_base
 from sam3_lora.adapter.files import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, changes_base
 from sam3_lora.adapter.layers import (
-    Origin,
     adapter_tensors,
     config_of,
     fingerprint_of,
     inner_model,
     method_of,
     modules_with,
-    origin_of,
     strengths_of,
 )
+from sam3_lora.adapter.origin import Origin, origin_of
 from sam3_lora.adapter.wrapper import check_unpadded
 from sam3_lora.errors import OutputError
 from sam3_lora.model_card import model_card

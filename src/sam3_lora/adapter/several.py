@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sam3_lora.adapter.files import changes_base
-from sam3_lora.adapter.layers import forget_origins, forget_wrapper, inner_model
+from sam3_lora.adapter.layers import forget_wrapper, inner_model
+from sam3_lora.adapter.origin import forget_origins
 from sam3_lora.adapter.wrapper import (
     BASE,
     check_known,

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from sam3_lora.adapter.copies import copy_model, in_same_memory, without_weights
 from sam3_lora.adapter.layers import (
     NO_WRAPPER,
-    adapter_tensors,
-    forget_origins,
     inner_model,
     known_wrapper,
     remember_wrapper,
 )
-from sam3_lora.errors import AdapterError, ConfigError, did_you_mean
+from sam3_lora.adapter.origin import forget_origins
+from sam3_lora.errors import AdapterError, did_you_mean
 
 BASE = "base"  # stands for the model without adapters wherever an adapter is named
 
@@ -127,28 +124,6 @@ def check_unpadded(inner: nn.Module, adapter_name: str) -> None:
             raise AdapterError(
                 f"adapter {adapter_name!r} was padded to a higher rank for hot swapping; copy the folder that it came from"
             )
-
-
-def try_beside(wrapper: PeftModel, config: PeftConfig, adapter_name: str) -> PeftModel:
-    """Add an adapter to a copy of an adapted model without weights, or for other methods than LoRA, one around the same
-    weights.
-
-    Raises:
-        ConfigError: If PEFT refuses it there.
-    """
-    lora = isinstance(config, LoraConfig)
-    trial = without_weights(wrapper) if lora else copy_model(wrapper, in_same_memory)
-    assert isinstance(trial, PeftModel)
-    inner: Any = trial.get_base_model()
-    inner.peft_config = (
-        trial.base_model.peft_config
-    )  # one dict, as in the original; they were copied one by one
-    try:
-        trial.add_adapter(adapter_name, copy.deepcopy(config), low_cpu_mem_usage=lora)
-        adapter_tensors(trial, adapter_name)
-    except Exception as error:  # PEFT checks little: a wrong type may surface as anything
-        raise ConfigError(f"PEFT refuses these settings ({type(error).__name__}): {error}") from error
-    return trial
 
 
 def remove_adapter(wrapper: PeftModel, adapter_name: str) -> None:

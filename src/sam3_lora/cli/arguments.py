@@ -30,6 +30,17 @@ class Parser(argparse.ArgumentParser):
         self._known_options += action.option_strings
         return action
 
+    def add_settings(self, about: str) -> None:
+        """Add ``--set key=value``, which may be repeated."""
+        self.add_argument(
+            "--set",
+            type=setting,
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"{about}; may be repeated",
+        )
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as usual, but name an unknown option before any that is missing, which it may be meant to be."""
         words = list(takewhile(lambda word: word != "--", args or ()))

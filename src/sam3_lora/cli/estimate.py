@@ -46,14 +46,8 @@ def add_options(parser: arguments.Parser) -> None:
     )
     add("--batch", type=arguments.count, default=1, metavar="N", help="images in a forward pass (default: 1)")
     add("--gpu-memory", type=arguments.gigabytes, metavar="GB", help="say whether it fits into so much")
-    add(
-        "--set",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of the config's memory block that is not as shipped, such as memory.mask_points=12544; may be "
-        "repeated",
+    parser.add_settings(
+        "a key of the config's memory block that is not as shipped, such as memory.mask_points=12544"
     )
     add("--json", action="store_true", help="print the estimate as JSON")
     parser.set_defaults(run=_estimate)

@@ -40,14 +40,7 @@ def add_options(parser: arguments.Parser) -> None:
         default="facebook/sam3",
         help="facebook/sam3, tiny or the path of a sam3.pt, which is not read (default: facebook/sam3)",
     )
-    add(
-        "--set",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one thing of the preset (r=16, use_dora=true); may be repeated",
-    )
+    parser.add_settings("change one thing of the preset (r=16, use_dora=true)")
     add("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=_plan)
 

@@ -66,14 +66,8 @@ def add_options(parser: arguments.Parser) -> None:
         help="GPUs, or processes without (default: 1)",
     )
     add("--overwrite", action="store_true", help="replace an earlier run in --output")
-    add(
-        "--set",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one thing of the preset (r=16, use_dora=true) or of the config by its dotted name "
-        "(training.weight_decay=0.01); may be repeated",
+    parser.add_settings(
+        "change one thing of the preset (r=16, use_dora=true) or of the config by its dotted name (training.weight_decay=0.01)"
     )
     add(
         "--no-report",

@@ -32,14 +32,7 @@ def add_options(parser: arguments.Parser) -> None:
     add = parser.add_argument
     add("--preset", type=arguments.preset, metavar="NAME", help="what to adapt (default: balanced)")
     add("--adapter", type=Path, metavar="DIR", help="verify a saved adapter instead")
-    add(
-        "--set",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override the preset, as in get_peft_sam3; may be repeated",
-    )
+    parser.add_settings("override the preset, as in get_peft_sam3")
     add(
         "--base", metavar="NAME", help="facebook/sam3, tiny or the path of a sam3.pt (default: the adapter's)"
     )

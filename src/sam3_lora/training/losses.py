@@ -25,7 +25,9 @@ def shipped_config(changes: Mapping[str, Any] | None = None) -> DictConfig:
 
 @lru_cache(maxsize=1)
 def _shipped() -> DictConfig:
-    return OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
+    config = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def configured_losses(config: DictConfig) -> Any:

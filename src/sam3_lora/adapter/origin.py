@@ -1,0 +1,39 @@
+"""What an adapted model remembers of where its adapters came from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam3_lora.adapter.layers import inner_model
+
+_ORIGINS = "_sam3_lora_origins"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapted model remembers of one adapter: the base before it, what it was trained on, and its tensors at the
+    start, if that changed the base."""
+
+    base_fingerprint: Mapping[str, str]
+    prompts: Sequence[str] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def remember_origin(model: nn.Module, adapter_name: str, origin: Origin) -> None:
+    inner = inner_model(model)
+    setattr(inner, _ORIGINS, {**getattr(inner, _ORIGINS, {}), adapter_name: origin})
+
+
+def forget_origins(inner: nn.Module, adapter_names: Collection[str]) -> None:
+    kept = {name: o for name, o in getattr(inner, _ORIGINS, {}).items() if name not in adapter_names}
+    setattr(inner, _ORIGINS, kept)
+
+
+def origin_of(inner: nn.Module, adapter_name: str) -> Origin | None:
+    origins: Mapping[str, Origin] = getattr(inner, _ORIGINS, {})
+    return origins.get(adapter_name)
