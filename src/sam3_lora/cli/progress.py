@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 Show = Callable[["Progress"], None]
 ShowCount = Callable[[int, int], None]
+ShowStage = Callable[[str, int, int], None]
 _Update = Callable[[str, float], None]
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_UPDATES = 0.1
 _SHOWN_METRICS = ("bbox_AP50", "segm_AP50")
 
 
@@ -71,6 +73,30 @@ def count_on_stderr(what: str) -> Iterator[ShowCount]:
             yield lambda done, total: update(f"{done}/{total} {what}", done / total)
     else:
         yield _CountLines(what).show
+
+
+@contextmanager
+def stages_on_stderr() -> Iterator[ShowStage]:
+    """Yield a function that shows, of one kind of things after another, how many of how many are done; 0: not known."""
+    if sys.stderr.isatty():
+        with _bars() as add:
+            bars: dict[str, _Update] = {}
+            shown: dict[str, float] = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                now = time.monotonic()
+                if done != total and now - shown.get(what, -1.0) < _SECONDS_BETWEEN_UPDATES:
+                    return
+                shown[what] = now
+                update = bars[what] if what in bars else bars.setdefault(what, add())
+                update(
+                    f"{done:,}/{total:,} {what}" if total else f"{done:,} {what}",
+                    done / total if total else 0.0,
+                )
+
+            yield show
+    else:
+        yield _StageLines().show
 
 
 def describe(progress: Progress) -> str:
@@ -151,3 +177,16 @@ class _CountLines:
         if done == total or now - self._last_time >= _SECONDS_BETWEEN_LINES:
             self._last_time = now
             print(f"{done}/{total} {self._what}", file=sys.stderr, flush=True)
+
+
+class _StageLines:
+    """Prints a line each ten seconds, and none for what takes less."""
+
+    def __init__(self) -> None:
+        self._last_time = time.monotonic()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last_time >= _SECONDS_BETWEEN_LINES:
+            self._last_time = now
+            print(f"{done:,}{f'/{total:,}' if total else ''} {what}", file=sys.stderr, flush=True)

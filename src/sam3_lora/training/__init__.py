@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.data import collate_fn as collate_fn
     from sam3_lora.training.data import render_demo_dataset as render_demo_dataset
+    from sam3_lora.training.indexed_data import IndexedCoco as IndexedCoco
     from sam3_lora.training.optimizer import lora_plus as lora_plus
     from sam3_lora.training.trainer import LoraTrainer as LoraTrainer
 
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
 _MODULES = {
+    "IndexedCoco": "indexed_data",
     "LoraTrainer": "trainer",
     "TrainImages": "augmentation",
     "build_sam3_lora_model": "builder",
@@ -24,6 +26,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "IndexedCoco",
     "LoraTrainer",
     "TrainImages",
     "build_sam3_lora_model",

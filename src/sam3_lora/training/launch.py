@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sam3_lora.base.checkpoint import find_checkpoint
-from sam3_lora.data.check import check_dataset
+from sam3_lora.data.check import check_dataset, log_warnings
 from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.training.lock import check_not_running
@@ -54,7 +54,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_settings(settings)
     check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
-    check_dataset(settings.data)
+    log_warnings(check_dataset(settings.data))
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE

@@ -44,6 +44,11 @@ def add_options(parser: arguments.Parser) -> None:
     )
     add("--seed", type=arguments.seed, default=0, metavar="N", help="seed of that share (default: 0)")
     add("--class-name", metavar="NAME", help="class of labels that have none")
+    add(
+        "--boxes",
+        action="store_true",
+        help="boxes stay without a mask, for training without masks (default: the mask is the rectangle)",
+    )
     add("--copy", action="store_true", help="copy images, also where a hard link would do")
     add("--overwrite", action="store_true", help="replace a dataset that an earlier conversion made")
     add("--json", action="store_true", help="print what was made as JSON")
@@ -73,6 +78,7 @@ def _convert(args: argparse.Namespace) -> None:
             valid_share=args.valid_share,
             seed=args.seed,
             class_name=args.class_name,
+            boxes=args.boxes,
             copy=args.copy,
             overwrite=args.overwrite,
             on_progress=show,

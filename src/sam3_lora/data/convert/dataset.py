@@ -34,6 +34,10 @@ _ALONE = 200  # images that are faster converted by one process than by several
 _CHUNK = 32  # images given to a process at a time
 
 
+#: What :func:`~sam3_lora.data.convert.items.convert_item` takes.
+Job = tuple[Item, Path, bool, bool]
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion made.
@@ -65,6 +69,7 @@ def convert_dataset(
     valid_share: float = 0.2,
     seed: int = 0,
     class_name: str | None = None,
+    boxes: bool = False,
     copy: bool = False,
     overwrite: bool = False,
     processes: int | None = None,
@@ -81,6 +86,7 @@ def convert_dataset(
         source_format: A key of :data:`~sam3_lora.data.convert.formats.FORMATS`; None to recognise it.
         valid_share: Share of the images for ``valid/`` where the source has no such split, drawn by the seed.
         class_name: The class of labels that have none.
+        boxes: Leave boxes without a mask, for a training without masks, rather than write the rectangle as one.
         copy: Copy image files also where a hard link would do.
         overwrite: Replace a dataset that an earlier conversion made.
         processes: How many work at a time; None for one a core.
@@ -102,7 +108,9 @@ def convert_dataset(
             raise DataError(f"{title}: it has no labelled images")
         splits = _shared_out(source.items, valid_share, seed, report)
         with replaced_folder(dst) as folder:
-            names, written = _write(source, splits, folder, report, copy, processes, on_progress, title)
+            names, written = _write(
+                source, splits, folder, report, (copy, not boxes), processes, on_progress, title
+            )
             mark_made(folder, MADE_BY)
     images = {split: writer.images for split, writer in written.items()}
     objects = {split: writer.objects for split, writer in written.items()}
@@ -188,18 +196,18 @@ def _write(
     splits: Sequence[str],
     folder: Path,
     report: Report,
-    copy: bool,
+    options: tuple[bool, bool],
     processes: int | None,
     on_progress: Callable[[int, int], None] | None,
     title: str,
 ) -> tuple[list[str], dict[str, SplitWriter]]:
     categories = Categories(source.classes, report)
     writers = {split: SplitWriter(folder / split) for split in _SPLITS if split in splits}
-    jobs = _jobs(source.items, splits, folder, copy, report)
+    jobs = _jobs(source.items, splits, folder, options, report)
     workers = 1 if source.one_process else processes or len(os.sched_getaffinity(0))
     try:
         results = zip(jobs, _converted(jobs, workers), strict=True)
-        for done, ((_, target, _), converted) in enumerate(results, 1):
+        for done, ((_, target, *_), converted) in enumerate(results, 1):
             report.merge(converted.report)
             writers[target.parent.name].add(converted, categories)
             if on_progress:
@@ -214,8 +222,8 @@ def _write(
 
 
 def _jobs(
-    items: Sequence[Item], splits: Sequence[str], folder: Path, copy: bool, report: Report
-) -> list[tuple[Item, Path, bool]]:
+    items: Sequence[Item], splits: Sequence[str], folder: Path, options: tuple[bool, bool], report: Report
+) -> list[Job]:
     """Return each item with the path of its picture, one of a kind in its split whatever the file system."""
     taken: dict[str, set[str]] = {split: set() for split in _SPLITS}
     jobs = []
@@ -225,11 +233,11 @@ def _jobs(
         name = free_name(wanted, taken[split], above)
         if name != wanted:
             report.note(RENAMED, f"{item.picture.place} is {split}/{name}")
-        jobs.append((item, folder / split / name, copy))
+        jobs.append((item, folder / split / name, *options))
     return jobs
 
 
-def _converted(jobs: Sequence[tuple[Item, Path, bool]], workers: int) -> Iterator[Converted]:
+def _converted(jobs: Sequence[Job], workers: int) -> Iterator[Converted]:
     if workers < 2 or len(jobs) <= _ALONE:
         yield from starmap(convert_item, jobs)
         return
@@ -244,5 +252,5 @@ def _converted(jobs: Sequence[tuple[Item, Path, bool]], workers: int) -> Iterato
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _convert_job(job: tuple[Item, Path, bool]) -> Converted:
+def _convert_job(job: Job) -> Converted:
     return convert_item(*job)

@@ -91,7 +91,7 @@ def note_unlabelled(images: Iterable[Path], items: Iterable[Item], report: Repor
             report.note(UNLABELLED, str(path))
 
 
-def convert_item(item: Item, target: Path, copy: bool) -> Converted:
+def convert_item(item: Item, target: Path, copy: bool, box_masks: bool) -> Converted:
     """Bring an image to its path and return its annotations."""
     report = Report()
     size = (0, 0)
@@ -105,7 +105,7 @@ def convert_item(item: Item, target: Path, copy: bool) -> Converted:
     if size != (0, 0):
         for number, found in enumerate(item.labels.objects(size, report), 1):
             place = f"{item.labels.place}: object {number} ({found.category!r})"
-            annotation = to_annotation(found, size, report, place)
+            annotation = to_annotation(found, size, report, place, box_masks)
             if annotation is not None:
                 annotations.append((found.category, json.dumps(annotation)))
     return Converted(target.name, size, annotations, report)

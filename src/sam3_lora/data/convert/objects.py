@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 
 from sam3_lora.data.coco import RunLengths, mask_to_run_lengths
 from sam3_lora.data.convert.report import BAD_SHAPE, BOX_MASK, CUT, NO_PIXEL, OUTSIDE, Report
+from sam3_lora.data.labels import run_lengths
 
 _DIGITS = 6  # of a pixel: what a product of shares and sizes has, without the noise of floats
 
@@ -75,11 +76,11 @@ def joined(objects: Sequence[CocoObject], size_hw: tuple[int, int]) -> CocoObjec
 
 
 def to_annotation(
-    item: CocoObject, size_hw: tuple[int, int], report: Report, place: str
+    item: CocoObject, size_hw: tuple[int, int], report: Report, place: str, box_masks: bool = True
 ) -> dict[str, Any] | None:
     """Return segmentation, area, bbox and iscrowd of the object's mask; None if there is nothing to write.
 
-    What is wrong with it goes to the report, with its place.
+    What is wrong with it goes to the report, with its place. ``box_masks``: whether a box gets its rectangle as mask.
     """
     segmentation: Any = item.segmentation
     if isinstance(segmentation, dict):
@@ -105,9 +106,11 @@ def to_annotation(
     if not area:
         report.note(NO_PIXEL, place)
         return None
+    box = [float(v) for v in coco_mask.toBbox(encoded)]
+    if item.is_box and not box_masks:
+        return {"bbox": box, "area": area, "iscrowd": item.iscrowd}
     if item.is_box:
         report.note(BOX_MASK, place)
-    box = [float(v) for v in coco_mask.toBbox(encoded)]
     return {"bbox": box, "area": area, "iscrowd": item.iscrowd, "segmentation": segmentation}
 
 
@@ -116,38 +119,18 @@ def as_run_lengths(value: Mapping[str, Any]) -> RunLengths:
     return {"size": value.get("size", []), "counts": value.get("counts", "")}
 
 
-def run_lengths_problem(run_lengths: Any, size_hw: tuple[int, int]) -> str:
+def run_lengths_problem(value: Any, size_hw: tuple[int, int]) -> str:
     """Return what is wrong with run lengths for an image of this size, or ``""``. They must fill it exactly: pycocotools
     does not look, and reads and writes beyond the end."""
-    size, counts = run_lengths.get("size"), run_lengths.get("counts")
-    if list(size) != list(size_hw) if isinstance(size, (list, tuple)) else True:
-        return f"has run lengths of size {size!r}; the image needs {list(size_hw)} (height, width)"
-    if isinstance(counts, (str, bytes)):
-        counts = decoded_counts(counts)
-    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-        return "has run lengths that are neither text nor whole numbers"
-    if sum(counts) != math.prod(size_hw):
-        return f"has run lengths of {sum(counts)} pixels; the image has {math.prod(size_hw)}"
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, (list, tuple)) or list(size) != list(size_hw):
+        return f"has run lengths of size {size!r:.40}; the image needs {list(size_hw)} (height, width)"
+    lengths = run_lengths(counts) if isinstance(counts, (str, list)) and counts else None
+    if lengths is None:
+        return f"has run lengths that are none: {counts!r:.40}"
+    if lengths.sum() != math.prod(size_hw):
+        return f"has run lengths of {lengths.sum()} pixels; the image has {math.prod(size_hw)}"
     return ""
-
-
-def decoded_counts(text: str | bytes) -> list[int] | None:
-    """Return the numbers in compressed run lengths, or None if they are damaged (``rleFrString`` of pycocotools)."""
-    codes = text.encode("ascii", "replace") if isinstance(text, str) else text
-    counts: list[int] = []
-    position = 0
-    while position < len(codes):
-        value, shift, more = 0, 0, True
-        while more:
-            if position >= len(codes) or not 48 <= codes[position] < 112 or shift > 30:
-                return None
-            code = codes[position] - 48
-            value |= (code & 0x1F) << shift
-            more, shift, position = bool(code & 0x20), shift + 5, position + 1
-            if not more and code & 0x10:
-                value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-    return counts
 
 
 def flat_points(points: Iterable[Iterable[Any]]) -> list[float]:

@@ -8,15 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image, ImageOps
 
-from sam3_lora.data.image_files import read_size_hw
+from sam3_lora.data.image_files import read_facts
 from sam3_lora.errors import DataError
 
-_ORIENTATION = 0x0112  # EXIF
-_TRANSPOSED = (5, 6, 7, 8)
+_TRANSPOSED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
 _JPEG_QUALITY = 95
 
 
@@ -79,22 +78,16 @@ class StoredPicture:
         target.write_bytes(self.read())
 
 
-def orientation(path: Path) -> int:
-    """Return how the EXIF data of an image say that it is to be turned: 1, not at all, to 8."""
-    with Image.open(path) as image:
-        value: Any = image.getexif().get(_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
 def sizes_hw(path: Path) -> tuple[tuple[int, int], tuple[int, int], bool]:
     """Return the size of an image file as stored and as seen upright, and whether the two are turned to each other.
 
     Raises:
         DataError: If the file is missing, no image, or cut short.
     """
-    stored = read_size_hw(path)
-    turn = orientation(path)
-    return stored, (stored[1], stored[0]) if turn in _TRANSPOSED else stored, turn != 1
+    facts = read_facts(path)
+    height, width = facts.size_hw
+    seen = (width, height) if facts.orientation in _TRANSPOSED else (height, width)
+    return facts.size_hw, seen, facts.orientation != 1
 
 
 def turn_upright(path: Path) -> None:

@@ -74,10 +74,10 @@ class Report:
     notes: Findings = field(default_factory=Findings)
 
     def problem(self, kind: Kind, place: str) -> None:
-        self.problems.add(kind, printable(place))
+        self.problems.add(kind, place)
 
     def note(self, kind: Kind, place: str) -> None:
-        self.notes.add(kind, printable(place))
+        self.notes.add(kind, place)
 
     def raise_problems(self, title: str) -> None:
         """Do nothing if no problem was found.
@@ -90,5 +90,5 @@ class Report:
 
     def merge(self, other: Report) -> None:
         """Add what another report holds."""
-        self.problems.merge(other.problems)
-        self.notes.merge(other.notes)
+        self.problems.update(other.problems)
+        self.notes.update(other.notes)
