@@ -256,3 +256,10 @@ def test_what_was_converted_stays_the_same_when_it_is_converted_again(tmp_path):
         json.loads((tmp_path / d / "train" / ANNOTATION_FILE).read_text()) for d in ("once", "twice")
     )
     assert once == twice
+
+
+def test_the_list_of_classes_can_be_the_source(tmp_path):
+    yolo(tmp_path / "s", [TRIANGLE_ROW])
+    (tmp_path / "s/other.json").write_text('{"images": [], "annotations": []}')
+    convert_dataset(tmp_path / "s/data.yaml", tmp_path / "d", valid_share=0)
+    assert_masks(tmp_path / "d", {"a.png": [("triangle", TRIANGLE)]})

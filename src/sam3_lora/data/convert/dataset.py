@@ -163,7 +163,7 @@ def _planned(
     if tree is None:
         if not hasattr(src, "features") and not isinstance(src, Mapping):
             raise DataError(
-                f"the source is a {type(src).__name__}; give a path, or a Dataset of Hugging Face"
+                f"the source is {src!r:.60}; give a path, or a Dataset of Hugging Face"
             )
         return "huggingface", type(src).__name__, hugging_face.plan_loaded(src, report, class_name)
     name, evidence = recognised(tree, wanted)

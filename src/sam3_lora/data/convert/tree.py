@@ -16,6 +16,9 @@ from sam3_lora.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .bmp .tif .tiff .webp .gif .avif .mpo".split())
 
+#: Files that go with the one that the user named: lists of classes and images, and the labels that a YAML belongs to.
+_LISTS = (".txt", ".names", ".labels")
+
 #: What folders and files call a split, and what it is called here.
 _SPLITS = {
     "train": "train",
@@ -46,7 +49,7 @@ class Tree:
     def with_suffix(self, *suffixes: str) -> list[Path]:
         """Return the label files with these suffixes, in lower case."""
         found = [path for path in self.files if path.suffix.lower() in suffixes]
-        return [path for path in found if self.only in (None, path)]
+        return [path for path in found if self.only in (None, path) or path.suffix.lower() in _LISTS]
 
     @cached_property
     def images(self) -> list[Path]:

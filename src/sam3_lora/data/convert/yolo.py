@@ -75,6 +75,8 @@ def recognise(tree: Tree) -> str:
             continue
         if isinstance(value, dict) and "names" in value:
             return f"{tree.relative(path)} with 'names'"
+    if tree.only is not None:
+        return ""
     expected = {key for image in tree.images for key in _label_keys(image)}
     for path in tree.with_suffix(".txt"):
         if path.with_suffix("") in expected and path.name not in _NAME_FILES and _is_label_file(path):
