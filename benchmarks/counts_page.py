@@ -11,7 +11,7 @@ from sam3_lora.base.checkpoint import FULL_SIZE
 from sam3_lora.estimation.coefficients import features
 from sam3_lora.output import write_json_atomic, write_text_atomic
 from sam3_lora.presets import PRESETS
-from sam3_lora.training.losses import shipped_config
+from sam3_lora.training.composition import shipped_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/reference/counts.md"

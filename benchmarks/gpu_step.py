@@ -78,7 +78,7 @@ class Training:
                 "base.name": base,
                 "base.resolution": shape.resolution,
                 "base.num_queries": shape.num_queries,
-                "training.amp": amp,
+                "training.amp_enabled": amp,
                 "paths.dataset_root": "none",
                 **settings,
             },

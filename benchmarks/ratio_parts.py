@@ -21,7 +21,8 @@ from sam3_lora.base.text import fill_uninitialised
 from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.evaluation.batches import sized_batch
 from sam3_lora.inference import resolution_of
-from sam3_lora.training.losses import configured_losses, shipped_config, training_loss
+from sam3_lora.training.composition import shipped_config
+from sam3_lora.training.losses import configured_losses, training_loss
 
 from sam3.model_builder import _create_text_encoder, _create_vit_backbone  # isort: skip  (after the stand-in for triton)
 

@@ -109,7 +109,7 @@ steps = sam3_lora.dataset_losses("my_dataset", images=16)
 model = get_peft_sam3(load_base(), "balanced", init_lora_weights="eva", init_data=steps)
 ```
 
-For training: `--set init_lora_weights=eva --set adapter.init_data=my_dataset`. Ranks, and with them the number of
+For training: `--set init_lora_weights=eva adapter.init_data=my_dataset`. Ranks, and with them the number of
 parameters, are EVA's own afterwards (`eva_config=peft.EvaConfig(rho=1)` keeps them). Both are saved as plain LoRA.
 
 ## Other methods

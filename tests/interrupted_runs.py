@@ -113,7 +113,7 @@ def main():
         "whole": whole(root, "whole"),
         "whole, accumulated": whole(root, "accumulated", **two),
         "SIGTERM": stopped(root, "term", {2: signal.SIGTERM}),
-        "SIGINT, accumulated": stopped(root, "int", {3: signal.SIGINT}, num_workers=2, **two),
+        "SIGINT, accumulated": stopped(root, "int", {3: signal.SIGINT}, num_train_workers=2, **two),
     }
     # Handlers as submitit's: SIGTERM is only logged, SIGUSR2 asks for the job to be queued again and exits.
     obeyed = []

@@ -310,7 +310,7 @@ def losses(dataset, output, **config):
     seen = []
     still = {
         "training.lr": 0.0,
-        "training.final_lr": 0.0,
+        "training.final_lr_ratio": 0.0,
         "training.weight_decay": 0.0,
         "training.val_epoch_freq": 2,
     }
@@ -335,7 +335,7 @@ def test_in_a_run_every_epoch_has_its_own_augmentation_and_the_same_seed_gives_i
     first = losses(dataset, tmp_path / "first", **{"training.augment": ["flip", "scale"]})
     assert abs(first[0] - plain[0]) > 0.01 * plain[0]
     assert abs(first[0] - first[1]) > 0.01 * plain[0]
-    again = {"training.augment": ["flip", "scale"], "training.num_workers": 2}
+    again = {"training.augment": ["flip", "scale"], "training.num_train_workers": 2}
     assert losses(dataset, tmp_path / "again", **again) == first
 
 

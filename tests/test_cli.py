@@ -90,6 +90,8 @@ def test_the_package_runs_as_a_module():
         pytest.param(["plan", "--set", "model=x"], "--set: model is no setting of an adapter", id="keyword that is no setting"),
         pytest.param(["plan", "--preset", "lite"], "unknown preset 'lite'; did you mean 'light'?", id="preset of a plan"),
         pytest.param(["predict", "a.png", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?", id="misspelt required option"),
+        pytest.param([*TRAIN, "nonsense"], "unexpected argument 'nonsense'", id="word that is no key=value"),
+        pytest.param(["demo", "training.lr=1"], "unexpected argument 'training.lr=1'", id="key of a verb without any"),
         pytest.param(["demo", "--nonsense"], "unknown option '--nonsense'\n", id="no close option"),
         pytest.param(["demo", "--sed", "1"], "unknown option '--sed'; did you mean '--seed'?", id="option of another verb"),
     ],
@@ -157,6 +159,32 @@ def test_train_passes_every_option_on(launch):
     assert got.config == {"training.scheduler": "cosine"}
 
 
+def test_train_takes_any_key_of_the_config_behind_or_between_its_options(launch):
+    fake = launch()
+    words = [
+        "training.lr_scale=0.5",
+        *TRAIN[1:],
+        "schedule=constant",
+        "--seed",
+        "7",
+        "+trainer.adapter_freq=2",
+    ]
+    assert main(["train", *words, "--set", "training.weight_decay=0.1"]) == 0
+    assert (fake.settings.seed, fake.settings.overrides) == (7, {})
+    assert fake.settings.config == {
+        "training.lr_scale": 0.5,
+        "schedule": "constant",
+        "+trainer.adapter_freq": 2,
+        "training.weight_decay": 0.1,
+    }
+
+
+def test_a_key_that_is_set_twice_to_two_values_is_an_error(launch, capsys):
+    launch()
+    assert main([*TRAIN, "training.weight_decay=0.2", "--set", "training.weight_decay=0.1"]) == 1
+    assert "training.weight_decay is set twice, to 0.2 and with --set to 0.1" in capsys.readouterr().err
+
+
 def test_train_without_options_takes_the_official_base_and_the_balanced_preset(launch):
     fake = launch()
     assert main(TRAIN) == 0
@@ -164,7 +192,7 @@ def test_train_without_options_takes_the_official_base_and_the_balanced_preset(l
     assert (got.preset, got.base, got.seed, got.num_gpus, got.overwrite) == (
         "balanced",
         "facebook/sam3",
-        0,
+        None,
         1,
         False,
     )
@@ -380,7 +408,7 @@ def test_a_plan_is_a_table_and_what_follows_from_it(capsys):
     assert re.search(r"detr_decoder +│ attention +│ 36 +│ 8 +│ 16 +│ 36,864 ", output)
     assert re.search(r"Trains +163,392 of 5,068,582 parameters \(3\.22%\), in 42 modules", output)
     assert "Besides   111,168 of these are whole modules or biases" in output
-    assert "DDP       --set training.find_unused_parameters=true: no step uses segmentation_head" in output
+    assert "DDP       training.find_unused_parameters=true: no step uses segmentation_head" in output
     assert (
         "three levels need only two upsampling steps:\n            segmentation_head.pixel_decoder.conv_layers.2"
         in output

@@ -24,7 +24,7 @@ def make_trainer(tmp_path, monkeypatch):
         register_omegaconf_resolvers()
 
     def make(*overrides, **training):
-        settings = {"max_epochs": 1, "batch_size": 1, "num_workers": 0, "lr": 1e-2, **training}
+        settings = {"max_epochs": 1, "batch_size": 1, "num_train_workers": 0, "lr": 1e-2, **training}
         overrides = [*overrides, *(f"training.{name}={value}" for name, value in settings.items())]
         overrides += [
             f"paths.dataset_root={tmp_path / 'data'}",

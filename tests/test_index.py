@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import time
 
 import numpy as np
 import pytest
@@ -115,14 +116,23 @@ def test_categories_of_an_image_are_known_without_its_masks(annotation_file):
 
 def test_it_is_built_once_and_again_when_the_file_changes(annotation_file, cache):
     first = open_index(annotation_file)
-    written = first.path.stat().st_mtime_ns
-    assert open_index(annotation_file).path.stat().st_mtime_ns == written
+    written = first.path.stat().st_ino
+    assert open_index(annotation_file).path.stat().st_ino == written
     document = json.loads(annotation_file.read_text())
     document["images"] = document["images"][:5]
     annotation_file.write_text(json.dumps(document))
     assert len(open_index(annotation_file)) == 5
     assert len(list(cache.glob("*.index"))) == 1
     assert len(dict(first[11])["annotations"]) >= 0  # who has the old one open can still read it
+
+
+def test_indexes_that_nobody_used_for_a_month_go(annotation_file, cache, tmp_path):
+    old, month = open_index(annotation_file).path, 31 * 24 * 3600
+    os.utime(old, (time.time() - month, time.time() - month))
+    document = json.loads(annotation_file.read_text())
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    other = open_index(tmp_path / "other.json").path
+    assert list(cache.glob("*.index")) == [other]
 
 
 def test_a_damaged_index_is_built_again(annotation_file):

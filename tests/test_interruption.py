@@ -158,7 +158,7 @@ def test_two_processes_leave_at_the_same_step(dataset, tmp_path):
         "--set",
         "lora_dropout=0.1",
         "--set",
-        "training.num_workers=1",
+        "training.num_train_workers=1",
     ]
     assert start_command(dataset, whole, *options).wait() == 0
     process = start_command(dataset, run, *options)
@@ -175,7 +175,7 @@ def test_two_processes_leave_at_the_same_step(dataset, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_signal_to_all_processes_of_a_job_does_not_end_its_data_loaders(dataset, tmp_path):
     run = tmp_path / "run"
-    process = start_command(dataset, run, "--max-epochs", 50, "--set", "training.num_workers=2")
+    process = start_command(dataset, run, "--max-epochs", 50, "--set", "training.num_train_workers=2")
     wait_for_step(run, process)
     trainer = int((run / "logs" / LOCK_FILE).read_text())
     os.killpg(os.getpgid(trainer), signal.SIGUSR2)  # as Slurm does it
@@ -306,7 +306,11 @@ def test_the_command_passes_a_signal_on_to_the_trainer(tmp_path, progress, capsy
     [
         (2, True, "stopped by SIGTERM after step 2 of 4 of epoch 1; all of it is saved"),
         (None, True, "stopped by SIGTERM after epoch 1; all of it is saved"),
-        (2, False, "after step 2 of 4 of epoch 1; nothing is saved, as trainer.skip_saving_ckpts says"),
+        (
+            2,
+            False,
+            "after step 2 of 4 of epoch 1; the adapter is saved, but no checkpoint, as training.save_checkpoints says",
+        ),
     ],
 )
 def test_a_stop_is_told_with_its_place_and_exit_code(tmp_path, progress, step, saved, text):

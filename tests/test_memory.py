@@ -234,7 +234,7 @@ def test_a_part_that_is_trained_whole_keeps_its_dropout():
 
 def test_a_base_in_bf16_gives_the_same_bits_under_autocast(make):
     official = make(3, "balanced")
-    held = make(3, "balanced", "training.amp=true", bf16_base=True)
+    held = make(3, "balanced", "training.amp_enabled=true", bf16_base=True)
     results = []
     for model, loss, batch in (official, held):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -252,7 +252,7 @@ def linears(model):
 
 
 def test_norms_embeddings_adapters_and_the_decoder_ffn_stay_fp32(make):
-    model, _, _ = make(1, "balanced", "training.amp=true", bf16_base=True)
+    model, _, _ = make(1, "balanced", "training.amp_enabled=true", bf16_base=True)
     cast = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert all(re.search(r"(weight|bias)$", name) and ".lora_" not in name for name in cast)
     left = {n for n, m in linears(model).items() if m.weight.dtype == torch.float32 and ".lora_" not in n}
@@ -271,7 +271,7 @@ def test_weights_below_dora_and_weights_that_are_trained_stay_fp32():
 
 
 def test_training_on_a_bf16_base_changes_no_bit_and_the_adapter_fits_the_fp32_base(make, tmp_path):
-    model, loss, batch = make(3, "balanced", "training.amp=true", **ALL)
+    model, loss, batch = make(3, "balanced", "training.amp_enabled=true", **ALL)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     for _ in range(3):
@@ -291,7 +291,7 @@ def test_training_on_a_bf16_base_changes_no_bit_and_the_adapter_fits_the_fp32_ba
 
 
 def test_names_and_shapes_of_the_state_dict_stay_the_same(make):
-    with_levers, official = make(1, "balanced", "training.amp=true", **ALL)[0], make(1, "balanced")[0]
+    with_levers, official = make(1, "balanced", "training.amp_enabled=true", **ALL)[0], make(1, "balanced")[0]
     shapes = [[(n, t.shape) for n, t in model.state_dict().items()] for model in (with_levers, official)]
     assert shapes[0] == shapes[1]
 
@@ -327,7 +327,7 @@ def test_the_shipped_configs_train_with_every_exact_lever():
         ({"eval_frosen": True}, True, "memory: unknown key 'eval_frosen'; did you mean 'eval_frozen'?"),
         ({"segmentation_chunk": 0}, True, "memory.segmentation_chunk must be a whole number of 1 or more"),
         ({"bf16_base": "yes"}, True, "memory.bf16_base must be true or false or auto, got 'yes'"),
-        ({"bf16_base": True}, False, "memory.bf16_base: true needs training.amp: true"),
+        ({"bf16_base": True}, False, "memory.bf16_base: true needs training.amp_enabled: true"),
     ],
 )
 def test_wrong_settings_are_refused(levers, amp, message):

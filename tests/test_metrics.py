@@ -4,14 +4,12 @@ import copy
 import json
 import random
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -24,6 +22,7 @@ from sam3_lora.errors import DataError
 from sam3_lora.evaluation import batches
 from sam3_lora.evaluation.metrics import best_scores, evaluate_split, false_fire_rate
 from sam3_lora.evaluation.scores import cgf1
+from sam3_lora.training.composition import shipped_config
 
 from sam3.train.data.collator import collate_fn_api  # isort: skip  (after the modules that stand in for triton)
 
@@ -91,7 +90,7 @@ def document(dataset):
 
 def official_validation(model, dataset, folder, iou_type):
     """What the official trainer does with the validation section of our configs."""
-    config = OmegaConf.load(files("sam3_lora") / "configs" / "sam3_lora" / "common.yaml")
+    config = shipped_config()
     config.paths = {"dataset_root": str(folder), "experiment_log_dir": str(folder)}
     config.base.resolution = TINY.resolution
     (folder / "valid").symlink_to(dataset)

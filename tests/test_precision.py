@@ -35,7 +35,9 @@ def test_autocast_is_what_was_asked_for_or_what_the_hardware_has(gpu, cuda, bflo
 @pytest.mark.parametrize(
     ("enabled", "dtype", "problem"),
     [
-        pytest.param("yes", "auto", r"training\.amp must be true, false or auto, got 'yes'", id="amp"),
+        pytest.param(
+            "yes", "auto", r"training\.amp_enabled must be true, false or auto, got 'yes'", id="amp"
+        ),
         pytest.param(True, "bf16", "got 'bf16'; did you mean 'bfloat16'", id="dtype"),
         pytest.param(True, "float16", "float16 needs CUDA", id="float16 on the CPU"),
     ],

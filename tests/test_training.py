@@ -220,11 +220,11 @@ def test_another_hydra_program_keeps_its_search_path(tmp_path):
 
 def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
     settings = TrainSettings(
-        data=dataset, output=tmp_path, base="tiny", lr=0.01, config={"training.amp": False}
+        data=dataset, output=tmp_path, base="tiny", lr=0.01, config={"training.amp_enabled": False}
     )
     run = yaml.safe_load(run_yaml(settings))
     assert run["defaults"] == ["/sam3_lora/balanced", "/sam3_lora/tiny", "_self_"]
-    assert run["training"] == {"lr": 0.01, "seed": 0, "amp": False}
+    assert run["training"] == {"lr": 0.01, "amp_enabled": False}
     assert run["paths"] == {"dataset_root": str(dataset), "experiment_log_dir": str(tmp_path)}
 
 
@@ -250,9 +250,9 @@ def test_the_run_file_holds_only_what_was_asked_for(dataset, tmp_path):
             id="config key of the seed",
         ),
         pytest.param(
-            {"config": {"training.lr": "abc", "training.num_workers": [2]}},
+            {"config": {"training.lr": "abc", "training.num_train_workers": [2]}},
             ConfigError,
-            r"training.lr needs a number, got 'abc'\n  training.num_workers needs a number, got \[2\]",
+            r"training.lr needs a number, got 'abc'\n  training.num_train_workers needs a number, got \[2\]",
             id="config value",
         ),
         pytest.param({"base": "tinny"}, Sam3LoraError, "unknown base 'tinny'", id="base"),
@@ -297,11 +297,14 @@ def test_an_error_of_the_official_script_is_one_line_that_names_the_cause(datase
     assert "console.log" in text
 
 
-def test_a_lora_block_as_in_the_seed_is_refused_with_what_its_keys_are_called_here(dataset, tmp_path):
+def test_what_has_no_effect_in_a_yaml_is_refused_and_a_lora_block_as_in_the_seed_with_its_names_here(
+    dataset, tmp_path
+):
     run = tmp_path / "run.yaml"
     run.write_text(
         "# @package _global_\ndefaults: [/sam3_lora/minimal, /sam3_lora/tiny, _self_]\n"
         "lora: {rank: 16, target_modules: [q_proj], apply_to_text_encoder: true, beta: 1}\n"
+        "training: {val_epoch_frq: 2}\ntrainer: {modee: train}\n"
     )
     result = official_script("-c", str(run), cwd=tmp_path, DATASET_ROOT=str(dataset))
     assert result.returncode != 0
@@ -310,6 +313,8 @@ def test_a_lora_block_as_in_the_seed_is_refused_with_what_its_keys_are_called_he
         "unknown key 'lora.target_modules'; a preset chooses them",
         "unknown key 'lora.apply_to_text_encoder'; name the parts to adapt instead: components=[...]",
         "unknown key 'lora.beta'; there is no such setting",
+        "training.val_epoch_frq: nothing reads this key; did you mean 'val_epoch_freq'?",
+        "trainer.modee: the trainer has no such key; did you mean 'mode'?",
     ):
         assert problem in result.stderr
 

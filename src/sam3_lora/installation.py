@@ -158,7 +158,7 @@ def _gpu() -> Iterator[Finding]:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("bfloat16", "good", "in hardware")
     else:
-        fix = "take a GPU of compute capability 8.0 or newer, or train with --set training.amp=false"
+        fix = "take a GPU of compute capability 8.0 or newer, or train with training.amp_enabled=false"
         yield Finding("bfloat16", "warning", "emulated, slow", fix)
 
 

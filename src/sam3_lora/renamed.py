@@ -1,4 +1,5 @@
-"""The names of the seed document (docs/how-to/from-the-seed.md), and what each of them is called here. Plain data.
+"""Names of the seed document (docs/how-to/from-the-seed.md) and of earlier versions, and what each is called now. Plain
+data.
 
 The texts follow the statement that the name is unknown.
 """
@@ -30,6 +31,15 @@ RENAMED_SETTINGS: Mapping[str, str] = MappingProxyType(
             "among them or not"
             for component in ("vision_encoder", "text_encoder", "detr_encoder", "detr_decoder")
         },
+    }
+)
+
+#: Config keys of earlier versions.
+RENAMED_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "training.amp": "it is training.amp_enabled now",
+        "training.num_workers": "it is training.num_train_workers now, and training.num_val_workers",
+        "training.final_lr": "it is training.final_lr_ratio now, a share of the highest rate",
     }
 )
 

@@ -139,7 +139,7 @@ def as_command(suggestion: Suggestion, data: Path) -> str:
         str(suggestion.max_epochs),
     ]
     for key, value in suggestion.settings(data, Path("run")).config.items():
-        words += ["--set", f"{key}={value}"]
+        words.append(f"{key}={value}")
     return shlex.join(words)
 
 

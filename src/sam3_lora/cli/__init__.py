@@ -91,8 +91,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if not (known := getattr(known[word], "VERBS", {})):
             break
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        arguments.parser.refuse(unknown[0])
+    options = [word for word in unknown if word.startswith("-")]
+    if options or (unknown and not hasattr(arguments, "overrides")):
+        arguments.parser.refuse((options or unknown)[0])
+    if unknown:  # argparse takes positional words from one place between the options only
+        arguments.overrides = [*arguments.overrides, *unknown]
     return arguments
 
 

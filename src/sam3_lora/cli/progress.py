@@ -77,7 +77,7 @@ def count_on_stderr(what: str) -> Iterator[ShowCount]:
 
 @contextmanager
 def stages_on_stderr() -> Iterator[ShowStage]:
-    """Yield a function that shows, of one kind of things after another, how many of how many are done; 0: not known."""
+    """Yield a function that shows, of one kind of things after another, how many of how many are done."""
     if sys.stderr.isatty():
         with _bars() as add:
             bars: dict[str, _Update] = {}
@@ -89,10 +89,7 @@ def stages_on_stderr() -> Iterator[ShowStage]:
                     return
                 shown[what] = now
                 update = bars[what] if what in bars else bars.setdefault(what, add())
-                update(
-                    f"{done:,}/{total:,} {what}" if total else f"{done:,} {what}",
-                    done / total if total else 0.0,
-                )
+                update(f"{done:,}/{total:,} {what}", done / total)
 
             yield show
     else:
@@ -189,4 +186,4 @@ class _StageLines:
         now = time.monotonic()
         if now - self._last_time >= _SECONDS_BETWEEN_LINES:
             self._last_time = now
-            print(f"{done:,}{f'/{total:,}' if total else ''} {what}", file=sys.stderr, flush=True)
+            print(f"{done:,}/{total:,} {what}", file=sys.stderr, flush=True)

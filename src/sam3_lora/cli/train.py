@@ -22,6 +22,7 @@ examples:
   sam3-lora train --data my_dataset --output runs/first
   sam3-lora train --data my_dataset --output runs/wide --preset full --set r=32 --set lora_dropout=0.1
   sam3-lora train --data my_dataset --output runs/try --base tiny --max-epochs 3
+  sam3-lora train --data my_dataset --output runs/flat schedule=constant training.lr_vision_backbone=5e-5
   sam3-lora train --resume runs/first
 
 my_dataset holds train/ and valid/, each with its images and _annotations.coco.json; category names are the prompts.""",
@@ -30,6 +31,13 @@ my_dataset holds train/ and valid/, each with its images and _annotations.coco.j
 
 def add_options(parser: arguments.Parser) -> None:
     add = parser.add_argument
+    add(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="any key of the config, in Hydra's spelling: training.weight_decay=0.01, schedule=constant, "
+        "+trainer.adapter_freq=2; --max-epochs is training.max_epochs, and so on",
+    )
     add("--data", type=Path, metavar="DIR", help="dataset folder with train/ and valid/")
     add("--output", type=Path, metavar="DIR", help="run folder: new, or empty")
     add(
@@ -67,7 +75,7 @@ def add_options(parser: arguments.Parser) -> None:
     )
     add("--overwrite", action="store_true", help="replace an earlier run in --output")
     parser.add_settings(
-        "change one thing of the preset (r=16, use_dora=true) or of the config by its dotted name (training.weight_decay=0.01)"
+        "change one thing of the preset (r=16, use_dora=true), which is adapter.overrides.r=16"
     )
     add(
         "--no-report",
@@ -101,7 +109,7 @@ def _train(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             report=args.report,
             overrides={key: value for key, value in args.set if "." not in key},
-            config={key: value for key, value in args.set if "." in key},
+            config=_config(args),
         )
         _announce_costs(settings)
         with run_on_stderr() as (show, show_report):
@@ -122,7 +130,7 @@ def _announce_costs(settings: TrainSettings) -> None:
             raise ConfigError("only presets and bases as they are shipped were counted")
         found = estimate(
             settings.preset,
-            data=settings.data,
+            data=Path(settings.config.get("training.ann_file_train", settings.data)),
             batch=settings.batch_size or _whole(settings.config.get("training.batch_size"), 1),
             memory=memory,
             max_objects=_whole(settings.config.get("training.max_objects"), MAX_OBJECTS),
@@ -143,6 +151,21 @@ def _announce_costs(settings: TrainSettings) -> None:
 
 def _whole(value: Any, otherwise: int) -> int:
     return value if isinstance(value, int) else otherwise
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the config keys among the words behind the options and those of --set, which may not contradict."""
+    from sam3_lora.errors import ConfigError
+    from sam3_lora.training.overrides import parse_overrides
+
+    for word in args.overrides:
+        if "=" not in word and not word.startswith("~"):
+            args.parser.refuse(word)
+    config = parse_overrides(args.overrides)
+    for key, value in args.set:
+        if "." in key and config.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is set twice, to {config[key]!r} and with --set to {value!r}")
+    return config
 
 
 #: Options that are settings of :class:`TrainSettings` by the same name; one that is not given keeps its default.
@@ -173,7 +196,8 @@ def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
             f"training.{name}": getattr(args, name)
             for name in ("max_epochs", "batch_size", "lr", "seed", "save_every_steps")
         },
-        **{key if "." in key else f"adapter.overrides.{key}": value for key, value in args.set},
+        **{f"adapter.overrides.{key}": value for key, value in args.set if "." not in key},
+        **_config(args),
     }
 
 

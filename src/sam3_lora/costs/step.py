@@ -23,7 +23,8 @@ from sam3_lora.counting import StepCount, count_step
 from sam3_lora.errors import ConfigError
 from sam3_lora.memory import apply_levers, memory_settings
 from sam3_lora.memory.settings import AUTO
-from sam3_lora.training.losses import configured_losses, shipped_config, training_loss
+from sam3_lora.training.composition import shipped_config
+from sam3_lora.training.losses import configured_losses, training_loss
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
 from sam3.train.data.collator import collate_fn_api  # isort: skip

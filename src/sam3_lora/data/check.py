@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 #: How far image files are looked at: not at all, that they are whole, or every pixel, which takes longer.
 Images = Literal["none", "files", "pixels"]
 
-#: Called with what is counted, how many are done, and of how many (0: not known).
+#: Called with what is counted, how many are done, and of how many.
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -138,7 +138,7 @@ def examine_dataset(
         folder: As for :func:`check_dataset`, with ``splits``, ``train_split`` and ``masks``.
         images: How far image files are looked at; only with ``"pixels"`` the same picture in two splits is found.
         processes: Look at images in so many; with more than one, the main module must be safe to import.
-        on_progress: Called after each entry of a file and each image.
+        on_progress: Called with what is counted, how many are done, and of how many: MB of a file, then images.
 
     Raises:
         DataError: If the folder does not exist, or is a file or a single split.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import combinations, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,12 +85,21 @@ def _examined(tasks: Sequence[_Task], pixels: bool, processes: int) -> Iterator[
         yield from (_examine(task, pixels) for task in tasks)
         return
     chunks = (tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK))
-    # Not fork: the library may be used in a program that has threads.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    # Not fork: the library may be used in a program that has threads. Ctrl-C reaches all of a terminal's processes.
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
         waiting = [pool.submit(_examine_all, chunk, pixels) for chunk in islice(chunks, 4 * processes)]
         while waiting:
             yield from waiting.pop(0).result()
             waiting += [pool.submit(_examine_all, chunk, pixels) for chunk in islice(chunks, 1)]
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that decoded images was killed, perhaps for its memory; use fewer with --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _examine_all(tasks: Iterable[_Task], pixels: bool) -> list[_Result]:

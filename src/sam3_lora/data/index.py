@@ -8,7 +8,9 @@ import json
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from sam3_lora.data.index_file import NO_MASK, POLYGONS, RUN_LENGTHS, IndexColum
 from sam3_lora.errors import DataError
 
 _VERSION = 1  # of the file's layout; another one is built anew
+
+_KEPT = 30 * 24 * 3600  # seconds that an index is kept after its last use
 
 Row = Mapping[str, Any]
 
@@ -136,13 +140,21 @@ def open_index(annotation_file: str | Path) -> CocoIndex:
     with open(folder / f"{owner}.lock", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            return CocoIndex(index)
+            opened = CocoIndex(index)
         except (OSError, ValueError):  # not there, or of a disk that was full
             _build(resolved, index)
-        for old in folder.glob(f"{owner}-*.index"):
-            if old != index:
-                old.unlink(missing_ok=True)  # who has it open keeps it
-    return CocoIndex(index)
+            opened = CocoIndex(index)
+            _delete_old(folder, owner, index)
+        os.utime(index)  # says when it was used last
+    return opened
+
+
+def _delete_old(folder: Path, owner: str, index: Path) -> None:
+    """Delete other indexes of the same file, and those of any file that were not used for long."""
+    for old in folder.glob("*.index"):
+        with suppress(OSError):  # another process was first
+            if old != index and (old.name.startswith(owner) or time.time() - old.stat().st_mtime > _KEPT):
+                old.unlink()  # who has it open keeps it
 
 
 def _build(annotation_file: Path, index: Path) -> None:

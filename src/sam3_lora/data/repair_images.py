@@ -69,7 +69,8 @@ class ImageCopier:
         if not isinstance(file_name, str) or not file_name:
             return None
         slashed = file_name.replace("\\", "/")
-        for name in (file_name, slashed, PurePath(slashed).name):
+        beside = PurePath(slashed).name
+        for name in (file_name, slashed, beside, f"images/{beside}"):
             path = self._source / name
             if os.path.isfile(path):  # pathlib's raises for names that no file can have
                 return path

@@ -73,10 +73,14 @@ class _SplitCheck:
         self._has_masks = False
 
     def run(self, on_progress: Callable[[str, int, int], None]) -> None:
-        late = False
-        for key, position, entry in read_entries(self.contents.annotation_file):
+        path, late = self.contents.annotation_file, False
+        total = 1 + path.stat().st_size // 1_000_000
+
+        def show(done: int) -> None:
+            on_progress(f"MB of {path.parent.name}", 1 + done // 1_000_000, total)
+
+        for key, position, entry in read_entries(path, on_read=show):
             self._counts[key] += 1
-            on_progress(f"{key} of {self.contents.folder.name}", position + 1, 0)
             if key == "images":
                 self._image(position, entry)
             elif key == "categories":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_entries(path: Path, byte_order_mark: bool = False) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def read_entries(
+    path: Path, byte_order_mark: bool = False, on_read: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield each entry of the three lists of a COCO file, in the order of the file, as (name of the list, position, entry).
 
     Entries are objects, whatever they hold; all else of the file is passed over.
@@ -29,12 +31,13 @@ def read_entries(path: Path, byte_order_mark: bool = False) -> Iterator[tuple[st
     Args:
         path: The file.
         byte_order_mark: Let the file begin with one, which the official loader refuses.
+        on_read: Called with the number of bytes that were read, now and then.
 
     Raises:
         DataError: If the file cannot be read, is not whole, or is not a COCO document; perhaps after many entries.
     """
     with _problems_named(path), path.open("rb") as file:
-        text = _Text(file)
+        text = _Text(file, on_read)
         if byte_order_mark and text.peek() == "\ufeff":
             text.take("\ufeff")
         found = set()
@@ -84,8 +87,8 @@ def _problems_named(path: Path) -> Iterator[None]:
 class _Text:
     """The text of a file from some place on, of which only a part is in memory."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], on_read: Callable[[int], None] | None) -> None:
+        self._file, self._on_read = file, on_read
         self._bytes = b""  # the beginning of a character whose end was not read yet
         self._bytes_before = 0
         self._buffer = ""
@@ -144,6 +147,8 @@ class _Text:
             raise
         self._bytes, self._bytes_before = block[used:], self._bytes_before + used
         self._buffer += more
+        if self._on_read:
+            self._on_read(self._bytes_before)
         return not self._ended
 
     def _forget(self, end: int) -> None:

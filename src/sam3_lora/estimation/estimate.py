@@ -102,7 +102,7 @@ def estimate(
         prompts: Asked of each image; 1 if neither it nor ``data`` is given.
         objects: Annotated in each image; 5 if neither it nor ``data`` is given.
         batch: Images in a forward pass, ``training.batch_size``.
-        data: Dataset folder to take prompts (its categories) and objects from (the median of its images). The image with
+        data: Dataset folder, or annotation file of the training images, to take prompts (its categories) and objects from (the median of its images). The image with
             the most objects is estimated too.
         gpu_memory: Of the GPU to ask about, in GB (10^9 bytes).
         memory: Keys of the ``memory`` block that are not as shipped.

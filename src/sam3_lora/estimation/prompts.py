@@ -22,16 +22,16 @@ class Asked:
 
 
 def read_asked(data: Path, max_objects: int) -> Asked:
-    """Return what the images of ``data/train`` bring. Entries that the check of the dataset will refuse are left out.
+    """Return what the training images bring. Entries that the check of the dataset will refuse are left out.
 
     Args:
-        data: Dataset folder.
+        data: Dataset folder, or the annotation file of the training images.
         max_objects: ``training.max_objects``: a prompt with more objects in an image is left out of its step.
 
     Raises:
         DataError: If there is no usable split, or it has no images or categories.
     """
-    split = read_split(data / "train")
+    split = read_split(data.parent, data) if data.is_file() else read_split(data / "train")
     if not split.images or not split.categories:
         raise DataError(
             f"{split.annotation_file} has no {'categories' if split.images else 'images'}; "

@@ -36,7 +36,7 @@ def apply_levers(model: Sam3Image, settings: MemorySettings, amp: bool | Literal
     autocast = cuda if amp == AUTO else bool(amp)
     if settings.bf16_base is True and not autocast:
         raise ConfigError(
-            "memory.bf16_base: true needs training.amp: true, because bfloat16 weights cannot be multiplied with fp32 "
+            "memory.bf16_base: true needs training.amp_enabled: true, because bfloat16 weights cannot be multiplied with fp32 "
             "inputs; take auto, which casts on CUDA with amp only"
         )
     if settings.eval_frozen:

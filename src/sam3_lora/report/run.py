@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sam3_lora.adapter import WEIGHTS_FILE
 from sam3_lora.base.loading import load_base
-from sam3_lora.data.coco import ANNOTATION_FILE, Split, read_split
+from sam3_lora.data.coco import Split, read_split
 from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.evaluation.scores import CocoResult
 from sam3_lora.inference import bfloat16_on_cuda
@@ -21,6 +21,7 @@ from sam3_lora.report.history import History, ReportError, read_history
 from sam3_lora.report.page import REPORT_FILE, write_report
 from sam3_lora.report.pictures import choose_pictures
 from sam3_lora.training.progress import BEST_METRICS_FILE
+from sam3_lora.training.splits import split_files
 from sam3_lora.training.trainer import BEST_DUMPS, METRICS
 
 _BASE_NOTE = "base: measured after the training, on the same images and with the same settings as the validations of the run."
@@ -60,8 +61,7 @@ def report_of_run(
     run_folder = Path(run_folder)
     history = read_history(run_folder)
     config = _config(run_folder)
-    dataset = Path(dataset or config["paths"]["dataset_root"])
-    train, valid = read_split(dataset / "train"), read_split(dataset / "valid")
+    train, valid = _splits(config, None if dataset is None else Path(dataset))
     if models is None:
         adapter = _best_validation(run_folder, history)  # first: it is the one that may be missing
         models = {"base": _measure_base(config, valid, on_progress), "adapter": adapter}
@@ -72,12 +72,20 @@ def report_of_run(
         metrics={column: model.metrics for column, model in models.items()},
         history=history,
         pictures=choose_pictures(
-            valid.folder / ANNOTATION_FILE,
+            valid.annotation_file,
             valid.folder,
             {column: model.predictions for column, model in models.items()},
         ),
         notes=[model.note for model in models.values() if model.note],
     )
+
+
+def _splits(config: Mapping[str, Any], dataset: Path | None) -> tuple[Split, Split]:
+    """Return the training and the validation images, of the dataset that is given or else where the run had them."""
+    if dataset is not None:
+        return read_split(dataset / "train"), read_split(dataset / "valid")
+    files = split_files(config["training"])
+    return read_split(*files["train"]), read_split(*files["valid"])
 
 
 def _config(run_folder: Path) -> dict[str, Any]:
@@ -116,7 +124,7 @@ def _measure_base(
     base = config["base"]
     model = load_base(base["name"])
     # As the trainer resolves "auto".
-    with bfloat16_on_cuda(model.device, enabled=config["training"]["amp"] is not False):
+    with bfloat16_on_cuda(model.device, enabled=config["training"]["amp_enabled"] is not False):
         result = evaluate_split(
             model,
             valid.folder,
@@ -128,6 +136,15 @@ def _measure_base(
         )
     metrics = {name: value for name, value in result.overall.defined().items() if name in METRICS}
     return Measured(metrics, result.predictions, _BASE_NOTE)
+
+
+def _learning_rate(training: Mapping[str, Any]) -> str:
+    """Return the highest rate, and those of parts that have another one."""
+    scale = training["lr_scale"]
+    others = {"vision encoder": "lr_vision_backbone", "text encoder": "lr_language_backbone"}
+    usual = training["lr_transformer"]
+    apart = [f"{part} {training[key] * scale:g}" for part, key in others.items() if training[key] != usual]
+    return f"{usual * scale:g}" + (f" ({', '.join(apart)})" if apart else "")
 
 
 def _facts(
@@ -148,7 +165,7 @@ def _facts(
         "Training data": amount_of(train),
         "Validation data": amount_of(valid),
         "Epochs": epochs,
-        "Learning rate": f"{training['lr']:g}",
+        "Learning rate": _learning_rate(training),
         "Images per step": f"{training['batch_size'] * training['gradient_accumulation_steps']:,} on each process",
         "Seed": str(training["seed"]),
         "Prompts": prompts_in_words(valid.prompts),

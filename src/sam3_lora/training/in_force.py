@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def in_force(trainer: Any, images: int, prompts: int) -> dict[str, str]:
         facts["Data"] = (
             f"{_counted(images, 'image')}, {_counted(images // step, 'step')} an epoch, {_counted(prompts, 'prompt')} an image"
         )
-    return facts | _learning_rates(trainer.optim)
+    return facts | learning_rates(trainer, images // step * trainer.max_epochs)
 
 
 def _precision(device: torch.device, amp: Any) -> str:
@@ -41,23 +42,48 @@ def _precision(device: torch.device, amp: Any) -> str:
     return f"{amp.amp_dtype} autocast on {device.type}{scaled}"
 
 
-def _learning_rates(optim: Any) -> dict[str, str]:
-    """Return the rates of each group of parameters in the first and the last step, as the schedulers will set them."""
-    rates = []
-    for where in (1 - 1e-9, 0.0):  # below 1, as fvcore wants it; the first step comes first again
-        optim.step_schedulers(where, 0)
+def learning_rates(trainer: Any, steps: int) -> dict[str, str]:
+    """Return what the schedulers will set in the first, the middle and the last step, a line for each group of parameters
+    or one for all where they do not differ. If the number of steps is not known, it is 0."""
+    optim, rates = trainer.optim, []
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    last_one = (steps - 1) / steps if steps else 1 - 1e-9
+    for where in (last_one, 0.5, 0.0):  # the first step comes first again
+        optim.step_schedulers(where, round(where * steps))
         rates.append([group["lr"] for group in optim.optimizer.param_groups])
-    lines: dict[str, str] = {}
-    for group, last, first in zip(optim.optimizer.param_groups, *rates, strict=True):
-        tensors = [parameter for parameter in group["params"] if parameter.requires_grad]
-        if not tensors:
-            continue
-        ends = f"{first:g}" if first == last else f"{first:g} to {last:g}"
-        lines[f"Learning rate {len(lines) + 1}" if lines else "Learning rate"] = (
-            f"{ends}, {type(optim.optimizer).__name__}, weight decay {group['weight_decay']:g}, "
-            f"{_counted(len(tensors), 'tensor')}"
+    lines: dict[str, list[str]] = {}  # what is set -> the names of all for which it is
+    for group, last, middle, first in zip(optim.optimizer.param_groups, *rates, strict=True):
+        tensors = [names[p].removeprefix("module.") for p in group["params"] if p.requires_grad]
+        line = f"{_course(first, middle, last)}, {type(optim.optimizer).__name__}, weight decay {group['weight_decay']:g}"
+        if tensors:
+            lines.setdefault(line, []).extend(tensors)
+    titled: dict[str, str] = {}
+    for line, tensors in lines.items():
+        title = "Learning rate" + _common_part(tensors)
+        titled[f"{title} {len(titled) + 1}" if title in titled else title] = (
+            f"{line}, {_counted(len(tensors), 'tensor')}"
         )
-    return lines
+    return titled
+
+
+def _course(first: float, middle: float, last: float) -> str:
+    if first == middle == last:
+        return f"{first:g}"
+    if min(first, last) <= middle <= max(first, last):
+        return f"{first:g} to {last:.3g}"
+    return f"{first:g}, {middle:.3g} in the middle, {last:.3g} at the end"
+
+
+def _common_part(names: Collection[str]) -> str:
+    """Return what the parameters of a group have in common, ready to follow a word."""
+    parts = {
+        " of the vision encoder": "backbone.vision_backbone.",
+        " of the text encoder": "backbone.language_backbone.",
+    }
+    part = next(
+        (text for text, prefix in parts.items() if all(name.startswith(prefix) for name in names)), ""
+    )
+    return part + (", LoRA B" if all(".lora_B." in name for name in names) else "")
 
 
 def _counted(number: int, word: str, plural: str = "") -> str:

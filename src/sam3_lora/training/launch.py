@@ -13,19 +13,27 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import find_checkpoint
-from sam3_lora.data.check import check_dataset, log_warnings
+from sam3_lora.data.check import log_warnings
 from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.training.lock import check_not_running
 from sam3_lora.training.progress import BEST_METRICS_FILE, OnProgress, ProgressReader
 from sam3_lora.training.relay import SignalRelay, stopped_run
-from sam3_lora.training.settings import RUN_FILE_HEADER, TrainSettings, check_settings, run_yaml
+from sam3_lora.training.settings import (
+    RUN_FILE_HEADER,
+    TrainSettings,
+    absolute_value,
+    check_settings,
+    run_choices,
+    run_yaml,
+)
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
+from sam3_lora.training.splits import check_run_data
 
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
@@ -54,11 +62,12 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None) -> Tra
     check_settings(settings)
     check_not_running(settings.output)
     check_output(settings.output, made_by="train", overwrite=settings.overwrite)
-    log_warnings(check_dataset(settings.data))
+    run = run_yaml(settings)
+    log_warnings(check_run_data(settings.data, OmegaConf.create(run).training))
     find_checkpoint(settings.base)
     claim_output(settings.output, made_by="train", overwrite=settings.overwrite)
     run_file = settings.output.resolve() / RUN_FILE
-    write_text_atomic(run_file, run_yaml(settings))
+    write_text_atomic(run_file, run)
     return _run_to_the_end(run_file, settings.num_gpus, on_progress)
 
 
@@ -76,14 +85,16 @@ def resume(
     started_with = OmegaConf.load(run_file)
     resolved = output / "config_resolved.yaml"
     known = OmegaConf.load(resolved) if resolved.is_file() else started_with
+    chosen = run_choices(cast(DictConfig, started_with))
+    expected = {"paths.experiment_log_dir": str(output.resolve()), **expected}
     changed = [
         f"{key}: the run has {before!r}, asked for {now!r}"
-        for key, now in {"paths.experiment_log_dir": str(output.resolve()), **expected}.items()
-        if (before := OmegaConf.select(known, key)) != now
+        for key, now in ((key, absolute_value(key, value)) for key, value in expected.items())
+        if (before := chosen[key] if key in chosen else OmegaConf.select(known, key.removeprefix("+"))) != now
     ]
     if changed:
         raise ConfigError(f"{output} was started with other settings: {as_report(changed)}")
-    check_dataset(Path(started_with.paths.dataset_root))
+    check_run_data(Path(started_with.paths.dataset_root), started_with.training)
     find_checkpoint(started_with.base.name)
     if save_every is not None:
         OmegaConf.update(started_with, "training.save_every_steps", save_every)

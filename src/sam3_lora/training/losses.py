@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from sam3_lora.inference import eval_mode
 from sam3_lora.memory.modes import makes_noise
-
-
-def shipped_config(changes: Mapping[str, Any] | None = None) -> DictConfig:
-    """Return ``common.yaml``, whose other parts Hydra would add, with some keys changed by dotted name."""
-    config = _shipped().copy()
-    for key, value in (changes or {}).items():
-        OmegaConf.update(config, key, value)
-    return config
-
-
-@lru_cache(maxsize=1)
-def _shipped() -> DictConfig:
-    config = OmegaConf.create((files("sam3_lora") / "configs/sam3_lora/common.yaml").read_text("utf-8"))
-    assert isinstance(config, DictConfig)
-    return config
+from sam3_lora.training.composition import shipped_config
 
 
 def configured_losses(config: DictConfig) -> Any:
@@ -36,7 +19,7 @@ def configured_losses(config: DictConfig) -> Any:
     Call :func:`sam3_lora.base.cpu.enable_cpu_training` before it is used where there is no CUDA.
 
     Args:
-        config: From :func:`shipped_config`; its ``base.num_queries`` is that of the model's decoder.
+        config: From :func:`~sam3_lora.training.composition.shipped_config`; its ``base.num_queries`` is that of the model's decoder.
     """
     return instantiate(config.loss, normalization="local")  # "global" needs a process group
 

@@ -46,5 +46,9 @@ def stopped_run(progress: ProgressReader) -> RunStopped:
     else:
         where = f"after step {stop['step']} of {progress.last_step['steps']} of epoch {stop['epoch']}"
     number = signal.Signals[stop["signal"]]
-    saved = "all of it is saved" if stop["saved"] else "nothing is saved, as trainer.skip_saving_ckpts says"
+    saved = (
+        "all of it is saved"
+        if stop["saved"]
+        else "the adapter is saved, but no checkpoint, as training.save_checkpoints says"
+    )
     return RunStopped(f"stopped by {number.name} {where}; {saved}", 128 + number)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
-from sam3_lora.errors import ConfigError, as_report, did_you_mean
+from sam3_lora.errors import ConfigError, as_report
 from sam3_lora.presets import get_preset
-from sam3_lora.renamed import seed_block_problems
+from sam3_lora.training.composition import common_defaults
 from sam3_lora.training.image_settings import image_problems
+from sam3_lora.training.overrides import (
+    SETTING_KEYS,
+    choices_of,
+    keywords_of,
+    override_problems,
+    values_of,
+)
+from sam3_lora.training.splits import SPLIT_KEYS
 
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
+)
+
+
+_PATHS = frozenset(
+    {"paths.dataset_root", "paths.experiment_log_dir", *(f"training.{key}" for key in SPLIT_KEYS)}
 )
 
 
@@ -33,13 +45,15 @@ class TrainSettings:
         max_epochs: Passes over the training images.
         batch_size: Images a process and step.
         lr: Peak learning rate.
-        seed: Of everything random in the run.
+        seed: Of everything random in the run; the config's is 0.
         save_every_steps: Also save after every so many steps, in the middle of an epoch.
         num_gpus: Processes on this machine; without CUDA they run on the CPU.
         overwrite: Replace what is in ``output``.
         report: Whether :func:`sam3_lora.train` ends with ``report.html``, for which the base is evaluated on ``valid/``.
         overrides: Keywords of :func:`sam3_lora.get_peft_sam3` that replace parts of the preset.
-        config: Any other keys of the config by dotted name, such as ``{"training.weight_decay": 0.01}``.
+        config: Any other keys of the config, as behind ``sam3-lora train``: by dotted name, such as
+            ``{"training.weight_decay": 0.01}``, a group, such as ``{"schedule": "constant"}``, or a new key with a plus,
+            such as ``{"+trainer.adapter_freq": 2}``.
     """
 
     data: Path  # a str is turned into one
@@ -49,7 +63,7 @@ class TrainSettings:
     max_epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
-    seed: int = 0
+    seed: int | None = None
     save_every_steps: int | None = None
     num_gpus: int = 1
     overwrite: bool = False
@@ -76,6 +90,11 @@ class TrainSettings:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of :func:`sam3_lora.get_peft_sam3`: ``overrides``, and those that ``config`` names."""
+        return {**self.overrides, **keywords_of(self.config)}
+
 
 def check_settings(settings: TrainSettings) -> None:
     """Do nothing if the preset, its overrides and the config keys of a run exist and go together.
@@ -85,14 +104,12 @@ def check_settings(settings: TrainSettings) -> None:
         TargetError: If an override names modules that cannot be adapted.
     """
     get_preset(settings.preset)
-    known = _known_config(settings.preset) if settings.config else OmegaConf.create()
-    problems = [
-        problem for key, value in settings.config.items() for problem in _config_problem(key, value, known)
-    ]
+    problems = override_problems(settings.config, settings.preset) if settings.config else []
+    problems += _disagreements(settings)
     problems += image_problems(settings.config, settings.base)
     if problems:
         raise ConfigError(as_report(problems))
-    if settings.overrides:
+    if keywords := settings.keywords:
         # Only the injection itself knows which modules they would name; shapes are enough for it.
         from sam3_lora.adapter import get_peft_sam3
         from sam3_lora.adapter.starting import start_problems, without_data_start
@@ -100,42 +117,29 @@ def check_settings(settings: TrainSettings) -> None:
         from sam3_lora.base.tiny import build_tiny_sam3
 
         model = build_tiny_sam3() if settings.base == "tiny" else build_meta_sam3()
-        init, data = settings.overrides.get("init_lora_weights"), settings.config.get("adapter.init_data")
+        init, data = keywords.get("init_lora_weights"), settings.config.get("adapter.init_data")
         if problems := start_problems(init, from_data=data is not None):
             raise ConfigError(as_report(problems))
-        get_peft_sam3(model, settings.preset, **without_data_start(settings.overrides))
+        get_peft_sam3(model, settings.preset, **without_data_start(keywords))
 
 
-def _known_config(preset: str) -> Any:
-    """Return the config files that a run of this preset is made of, as one."""
-    folder = files("sam3_lora.configs") / "sam3_lora"
-    return OmegaConf.merge(
-        *(OmegaConf.create((folder / f"{name}.yaml").read_text()) for name in ("common", preset, "tiny"))
-    )
-
-
-def _config_problem(key: str, value: Any, known: Any) -> list[str]:
-    """Return a problem if a dotted key is not in the config, or has a number there and is to become none."""
-    if key.startswith("lora."):
-        return seed_block_problems({key.removeprefix("lora."): None})
-    *parents, last = key.split(".")
-    node: Any = known
-    for depth, name in enumerate([*parents, last]):
-        if not isinstance(node, DictConfig) or name not in node:
-            where = ".".join(key.split(".")[:depth]) or "the config"
-            names = list(node) if isinstance(node, DictConfig) else []
-            return [f"unknown key {key!r}: {where} has no {name!r}{did_you_mean(name, names)}"]
-        if depth < len(parents):
-            node = node._get_node(name)
-    present = None if OmegaConf.is_interpolation(node, last) else node[last]
-    free = value is None or (isinstance(value, str) and value.startswith("${"))
-    if _is_number(present) and not _is_number(value) and not free:
-        return [f"{key} needs a number, got {value!r}"]
-    return []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _disagreements(settings: TrainSettings) -> list[str]:
+    """Return the things that are set twice, to two values."""
+    problems = []
+    for name, key in SETTING_KEYS.items():
+        setting = getattr(settings, name)
+        other = absolute_value(key, settings.config[key]) if key in settings.config else None
+        known = str(setting.resolve()) if isinstance(setting, Path) else setting
+        if key in settings.config and known is not None and other != known:
+            problems.append(
+                f"{key} is {settings.config[key]!r}, but {name} is {known!r}: give one of them, --{name.replace('_', '-')}"
+            )
+    doubled = [
+        name
+        for name, value in keywords_of(settings.config).items()
+        if settings.overrides.get(name, value) != value
+    ]
+    return problems + [f"{name} is set twice, to different values" for name in doubled]
 
 
 def run_yaml(settings: TrainSettings) -> str:
@@ -160,14 +164,30 @@ def run_yaml(settings: TrainSettings) -> str:
                 "num_queries": info.num_queries,
             },
             "training": {name: value for name, value in training.items() if value is not None},
-            "adapter": {"preset": settings.preset, "overrides": dict(settings.overrides)},
+            "adapter": {"preset": settings.preset, "overrides": settings.keywords},
             "launcher": {"gpus_per_node": settings.num_gpus},
         }
     )
-    for name, value in settings.config.items():
-        OmegaConf.update(run, name, value)
-    presets = [f"/sam3_lora/{settings.preset}"]
-    return _as_run_file([*presets, "/sam3_lora/tiny"] if settings.base == "tiny" else presets, run)
+    for name, value in values_of(settings.config).items():
+        OmegaConf.update(run, name, absolute_value(name, value), force_add=True)
+    layers: list[Any] = [f"/sam3_lora/{settings.preset}"]
+    if settings.base == "tiny":
+        layers.append("/sam3_lora/tiny")
+    chosen = choices_of(settings.config)
+    layers += [{f"override /sam3_lora/{group}": choice} for group, choice in chosen.items()]
+    return _as_run_file(layers, run)
+
+
+def absolute_value(key: str, value: Any) -> Any:
+    """Return the value of a config key, made independent of the working folder if it is a path to images."""
+    is_path = key in _PATHS and not str(value).startswith("${")
+    return str(Path(value).resolve()) if is_path else value
+
+
+def run_choices(run: DictConfig) -> dict[str, str]:
+    """Return the file of each group that a run file chooses, its own or the one of ``common``."""
+    chosen = [entry for entry in (*common_defaults(), *run.get("defaults", [])) if isinstance(entry, Mapping)]
+    return {str(key).rpartition("/")[2]: str(choice) for entry in chosen for key, choice in entry.items()}
 
 
 def demo_yaml(output: Path, seed: int) -> str:
@@ -176,6 +196,6 @@ def demo_yaml(output: Path, seed: int) -> str:
     return _as_run_file(["/sam3_lora/demo"], OmegaConf.create(run))
 
 
-def _as_run_file(layers: list[str], run: DictConfig) -> str:
+def _as_run_file(layers: list[Any], run: DictConfig) -> str:
     defaults = OmegaConf.create({"defaults": [*layers, "_self_"]})
     return RUN_FILE_HEADER + OmegaConf.to_yaml(defaults) + OmegaConf.to_yaml(run)

@@ -21,19 +21,19 @@ from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report, did_you_mean
 from sam3_lora.output import write_json_atomic, write_text_atomic
-from sam3_lora.renamed import seed_block_problems
+from sam3_lora.training.effective import ineffective_in_file, unknown_keywords
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
 from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.lock import take_lock
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
-from sam3_lora.training.precision import AUTO, chosen_amp
+from sam3_lora.training.precision import resolved_amp
 from sam3_lora.training.progress import BEST_METRICS_FILE, append_event
 
 provide_triton()
 
 from sam3.eval.coco_writer import PredictionDumper  # noqa: E402
-from sam3.train.trainer import unwrap_ddp_if_wrapped  # noqa: E402
+from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped  # noqa: E402
 
 #: Our name of a metric -> the official trainer's. ``valid`` is the dict_key of the validation batches.
 METRICS = {
@@ -73,8 +73,10 @@ class LoraTrainer(InterruptibleTrainer):
         adapter_dir: Where the adapter folders go.
         best_metric: ``segm_AP``, ``segm_AP50``, ``bbox_AP`` or ``bbox_AP50``; ``None`` keeps no best adapter.
         adapter_freq: Keep ``epoch_N`` of every so many epochs; 0 keeps none of them.
+        save_checkpoints: Whether to write ``checkpoint.pt``, without which a run cannot go on; adapters are written anyway.
         prepare: A Hydra target to call before anything is read, such as one that makes the dataset.
-        lora: A ``lora:`` block as in the configs of the seed document. It would be ignored, so it is refused.
+        composed: The file in which the official script has left the whole config, where there is one: a name in it that
+            has no effect is refused.
         official: The keywords of :class:`sam3.train.trainer.Trainer`.
     """
 
@@ -84,8 +86,9 @@ class LoraTrainer(InterruptibleTrainer):
         adapter_dir: str,
         best_metric: str | None = "segm_AP",
         adapter_freq: int = 1,
+        save_checkpoints: bool = True,
         prepare: Mapping[str, Any] | None = None,
-        lora: Mapping[str, Any] | None = None,
+        composed: str | None = None,
         accelerator: str = "auto",
         seed_value: int = 0,
         optim: Mapping[str, Any] | None = None,
@@ -102,14 +105,17 @@ class LoraTrainer(InterruptibleTrainer):
         self._adapter_freq = adapter_freq
         self._seed = seed_value
         with _own_errors_reported(self._logs):
-            optim = _resolve_amp(optim)
+            optim = resolved_amp(optim)
             self._settings = {
                 "seed": seed_value,
                 "optim": optim,
                 **{name: official.get(name) for name in _COMPARED_ON_RESUME},
             }
-            if lora is not None:
-                raise ConfigError(as_report(seed_block_problems(lora)))
+            if problems := [
+                *unknown_keywords(official, (LoraTrainer, InterruptibleTrainer, Trainer)),
+                *ineffective_in_file(composed),
+            ]:
+                raise ConfigError(as_report(problems))
             if best_metric is not None and best_metric not in METRICS:
                 raise ConfigError(
                     f"trainer.best_metric: unknown metric {best_metric!r}{did_you_mean(best_metric, METRICS)} "
@@ -117,7 +123,13 @@ class LoraTrainer(InterruptibleTrainer):
                 )
             if prepare is not None:
                 instantiate(prepare)
-            super().__init__(accelerator=accelerator, seed_value=seed_value, optim=optim, **official)
+            super().__init__(
+                accelerator=accelerator,
+                seed_value=seed_value,
+                optim=optim,
+                skip_saving_ckpts=not save_checkpoints,
+                **official,
+            )
 
     def run(self) -> None:
         with _own_errors_reported(self._logs):
@@ -139,7 +151,7 @@ class LoraTrainer(InterruptibleTrainer):
         return result
 
     def save_checkpoint(self, epoch: float, checkpoint_names: list[str] | None = None) -> None:
-        if checkpoint_names is None and not self.skip_saving_ckpts:
+        if checkpoint_names is None:
             names = ["last"]
             if self._adapter_freq and int(epoch) % self._adapter_freq == 0:
                 names.append(f"epoch_{int(epoch)}")
@@ -175,8 +187,7 @@ class LoraTrainer(InterruptibleTrainer):
         return self._seed
 
     def _save_last_adapter(self, done: int) -> None:
-        if not self.skip_saving_ckpts:
-            self._save_adapters(["last"], steps_of_epoch=done)
+        self._save_adapters(["last"], steps_of_epoch=done)
 
     def _save_adapters(
         self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
@@ -313,12 +324,3 @@ def _prompts_and_images(data: Any) -> tuple[list[str], int]:
         return [], 0
     document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
     return [category["name"] for category in document["categories"]], len(document["images"])
-
-
-def _resolve_amp(optim: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if optim is None:
-        return None
-    optim = dict(optim)
-    amp = dict(optim.get("amp") or {})
-    enabled, dtype = chosen_amp(amp.get("enabled", False), amp.get("amp_dtype", AUTO))
-    return {**optim, "amp": {**amp, "enabled": enabled, "amp_dtype": dtype}}
