@@ -140,7 +140,7 @@ def test_the_vision_trunk_sees_every_image_once(data, adapters, names, passes):
 def test_the_vision_trunk_sees_an_image_once_however_many_categories_it_is_asked(
     data, adapters, result, monkeypatch
 ):
-    monkeypatch.setattr(batches, "_MAX_PROMPTS", 1)
+    monkeypatch.setattr(batches, "MAX_PROMPTS", 1)
     done = []
     with TrunkCalls() as calls:
         in_turns = evaluate(

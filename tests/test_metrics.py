@@ -141,7 +141,7 @@ def test_every_image_is_asked_for_every_category(result, document):
 
 
 def test_many_categories_are_asked_in_turns_with_the_same_result(model, dataset, result, monkeypatch):
-    monkeypatch.setattr(batches, "_MAX_PROMPTS", 2)
+    monkeypatch.setattr(batches, "MAX_PROMPTS", 2)
     progress = []
     in_turns = evaluate_split(
         model,

@@ -17,11 +17,13 @@ from torch import nn
 
 from sam3_lora.adapter import (
     BASE,
+    active_adapters,
     acts_inside,
     adapter_names,
     inner_model,
     load_adapter,
     recorded_base,
+    thresholds_of,
     use_adapter,
 )
 from sam3_lora.base.cpu import enable_cpu
@@ -35,6 +37,8 @@ from sam3.model.sam3_image import Sam3Image  # isort: skip
 from sam3.model.sam3_image_processor import Sam3Processor  # isort: skip
 
 Boxes = Sequence[Sequence[float]] | NDArray[np.floating[Any]]
+#: Objects that score this or less are left out where nothing better is known, as in the official ``Sam3Processor``.
+DEFAULT_THRESHOLD = 0.5
 _IMAGE_FEATURES = "backbone.vision_backbone"  # what Sam3Processor.set_image runs
 
 _BoxXyxy = tuple[float, float, float, float]
@@ -88,7 +92,7 @@ class Predictor:
         model: nn.Module,
         *,
         device: str | torch.device | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         resolution: int | None = None,
     ) -> None:
         """Take a model as it is; weights that change later are seen, a later move to another device is not.
@@ -96,7 +100,8 @@ class Predictor:
         Args:
             model: A ``Sam3Image`` with its segmentation head, with or without adapters, or the ``PeftModel`` around it.
             device: Move the model there; ``None`` leaves it where it is.
-            threshold: Objects that score this or less are left out, unless ``predict`` is given another.
+            threshold: Objects that score this or less are left out, unless ``predict`` is given another; ``None`` takes
+                what the adapter recorded for the prompt (its validation split's best), and where it has nothing 0.5.
             resolution: Side in pixels of the square that the model sees. Only a check: a model takes one size.
 
         Raises:
@@ -127,7 +132,7 @@ class Predictor:
         base: str | Path | None = None,
         device: str | torch.device | None = None,
         *,
-        threshold: float = 0.5,
+        threshold: float | None = None,
     ) -> Predictor:
         """Load a base and an adapter into it.
 
@@ -219,7 +224,6 @@ class Predictor:
         more = _adapter_problems(self.model, adapters)
         picture = read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
         boxes = _checked_boxes(prompts, boxes_xyxy, threshold, picture.size, more)
-        self._processor.set_confidence_threshold(threshold)
         shared: dict[str, Any] | None = None
         found = []
         with eval_mode(self.model), bfloat16_on_cuda(self.device):
@@ -228,7 +232,13 @@ class Predictor:
                     as_base = self._sees_as_base(adapter)
                     seen = (shared if as_base else None) or self._processor.set_image(picture)
                     shared = seen if as_base else shared
-                    found.append([self._ask(seen, prompt, boxes) for prompt in prompts])
+                    limits = self._thresholds(adapter, prompts, threshold)
+                    found.append(
+                        [
+                            self._ask(seen, prompt, boxes, limit)
+                            for prompt, limit in zip(prompts, limits, strict=True)
+                        ]
+                    )
         return found
 
     def _sees_as_base(self, adapter: str | None) -> bool:
@@ -237,8 +247,20 @@ class Predictor:
             return False  # whatever is active; there is only one call to make
         return adapter == BASE or not acts_inside(self.model, adapter, _IMAGE_FEATURES)
 
-    def _ask(self, seen: dict[str, Any], prompt: str, boxes_xyxy: Sequence[_BoxXyxy]) -> Prediction:
+    def _thresholds(
+        self, adapter: str | None, prompts: Sequence[str], threshold: float | None
+    ) -> list[float]:
+        if threshold is not None:
+            return [threshold] * len(prompts)
+        acting = active_adapters(self.model) if adapter is None else [adapter]
+        recorded = thresholds_of(self.model, acting[0]) if acting else {}
+        return [recorded.get(prompt, DEFAULT_THRESHOLD) for prompt in prompts]
+
+    def _ask(
+        self, seen: dict[str, Any], prompt: str, boxes_xyxy: Sequence[_BoxXyxy], threshold: float
+    ) -> Prediction:
         """Ask the processor once. Its state is copied first, because it writes text and results into it."""
+        self._processor.set_confidence_threshold(threshold)
         state = {**seen, "backbone_out": dict(seen["backbone_out"])}
         if boxes_xyxy:
             size = (seen["original_width"], seen["original_height"])
@@ -295,7 +317,7 @@ def resolution_of(model: Sam3Image) -> int:
 def _checked_boxes(
     prompts: Sequence[str],
     boxes_xyxy: Boxes | None,
-    threshold: float,
+    threshold: float | None,
     size: tuple[int, int] | None = None,
     more: Iterable[str] = (),
 ) -> list[_BoxXyxy]:
@@ -346,8 +368,12 @@ def _adapter_problem(adapter: object, known: Sequence[str]) -> str:
     return f"adapter must be one name, got {adapter!r}; predict image by image for an adapter of its own for each"
 
 
-def _threshold_problems(threshold: float) -> list[str]:
-    return [] if 0 <= threshold <= 1 else [f"threshold must be from 0 to 1, got {threshold!r}"]
+def _threshold_problems(threshold: float | None) -> list[str]:
+    return (
+        []
+        if threshold is None or 0 <= threshold <= 1
+        else [f"threshold must be from 0 to 1, got {threshold!r}"]
+    )
 
 
 def _box_problem(box_xyxy: _BoxXyxy, size: tuple[int, int] | None) -> str:

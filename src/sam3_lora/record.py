@@ -13,6 +13,7 @@ from typing import Any
 
 from sam3_lora.components import COMPONENT_MAP_VERSION
 from sam3_lora.errors import AdapterError
+from sam3_lora.output import write_text_atomic
 
 RECORD_FILE = "sam3_lora.json"
 
@@ -36,6 +37,8 @@ class AdapterRecord:
         weights_sha256: Hash of ``adapter_model.safetensors``.
         prompts: What it was trained to find.
         training: Summary of the run: epoch, images, metrics and so on. Empty for an adapter that was not trained by us.
+        thresholds: Prompt -> score from which on an object is reported, where the validation split said a better one
+            than 0.5.
         versions: Package -> version that wrote it.
     """
 
@@ -48,6 +51,7 @@ class AdapterRecord:
     weights_sha256: str
     prompts: Sequence[str] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
     component_map_version: int = COMPONENT_MAP_VERSION
     versions: Mapping[str, str] = field(
         default_factory=lambda: {package: version(package) for package in _PACKAGES}
@@ -81,6 +85,21 @@ def read_record(folder: Path) -> AdapterRecord | None:
         raise AdapterError(
             f"{str(path)!r} is damaged ({type(error).__name__}: {error}); copy it again"
         ) from error
+
+
+def record_thresholds(folder: Path, thresholds: Mapping[str, float]) -> None:
+    """Replace the thresholds in the record of an adapter folder.
+
+    Raises:
+        AdapterError: If the folder has no record, or a damaged one.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise AdapterError(
+            f"{folder} has no {RECORD_FILE}, where thresholds are kept; load the adapter and save it with save_adapter"
+        )
+    changed = dataclasses.replace(record, thresholds=dict(thresholds))
+    write_text_atomic(folder / RECORD_FILE, changed.as_json())
 
 
 def version_problems(record: AdapterRecord) -> list[str]:

@@ -9,6 +9,7 @@ from sam3_lora.adapter.hotswap import hotswap_adapter, prepare_hotswap
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
 from sam3_lora.adapter.loading import load_adapter, load_adapter_beside
+from sam3_lora.adapter.origin import thresholds_of
 from sam3_lora.adapter.saving import save_adapter
 from sam3_lora.adapter.scaling import scale_adapter
 from sam3_lora.adapter.several import (
@@ -48,6 +49,7 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "set_adapter",
+    "thresholds_of",
     "unload",
     "use_adapter",
 ]

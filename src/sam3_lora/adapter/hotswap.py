@@ -20,7 +20,7 @@ from sam3_lora.adapter.layers import (
     lora_config_of,
 )
 from sam3_lora.adapter.loading import fingerprint_without_adapters, refuse_misfits
-from sam3_lora.adapter.origin import Origin, remember_origin
+from sam3_lora.adapter.origin import recorded_origin, remember_origin
 from sam3_lora.adapter.scaling import set_scaling
 from sam3_lora.adapter.several import adapter_names
 from sam3_lora.adapter.wrapper import check_known, refuse_merged, wrapper_of
@@ -92,8 +92,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         layer.use_rslora[adapter_name] = trial[name].use_rslora[trial_name]
         set_scaling(layer, adapter_name, 1.0)
     wrapper_of(model).peft_config[adapter_name] = saved.config
-    about = (saved.record.prompts, saved.record.training) if saved.record else ()
-    remember_origin(inner, adapter_name, Origin(fingerprint, *about))
+    remember_origin(inner, adapter_name, recorded_origin(saved.record, fingerprint))
 
 
 def _free_name(model: nn.Module) -> str:

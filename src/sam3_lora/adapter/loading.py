@@ -28,7 +28,7 @@ from sam3_lora.adapter.layers import (
     share_identities,
     strengths_of,
 )
-from sam3_lora.adapter.origin import Origin, remember_origin
+from sam3_lora.adapter.origin import recorded_origin, remember_origin
 from sam3_lora.adapter.wrapper import (
     check_name,
     has_adapters,
@@ -84,8 +84,7 @@ def load_adapter(
     adapted = _add(inner, beside, saved, adapter_name)
     if is_trainable:
         adapted.set_requires_grad(adapter_name)
-    about = (saved.record.prompts, saved.record.training) if saved.record else ()
-    remember_origin(adapted, adapter_name, Origin(fingerprint, *about))
+    remember_origin(adapted, adapter_name, recorded_origin(saved.record, fingerprint))
     remember_wrapper(adapted)
     return adapted if is_trainable else adapted.eval()
 

@@ -38,6 +38,7 @@ def save_adapter(
     adapter_name: str = "default",
     prompts: Sequence[str] | None = None,
     training: Mapping[str, Any] | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> Path:
     """Write an adapter in PEFT's format, with a record of its making and a model card, and return the folder.
 
@@ -50,6 +51,7 @@ def save_adapter(
         adapter_name: Which adapter to write.
         prompts: What it was trained to find, for the record; ``None`` keeps those that it was loaded with.
         training: Summary of the training as JSON values, for the record; ``None`` as above.
+        thresholds: Prompt -> score from which on :class:`~sam3_lora.Predictor` reports an object; ``None`` as above.
 
     Raises:
         AdapterError: If the model has no adapter of that name.
@@ -63,7 +65,7 @@ def save_adapter(
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in adapter_tensors(inner, adapter_name).items()
     }
-    origin = _origin(inner, adapter_name, config, prompts, training)
+    origin = _origin(inner, adapter_name, config, prompts, training, thresholds)
     if origin.initial and isinstance(config, LoraConfig):
         config, tensors = as_plain_lora(config, tensors, origin.initial)
     made_for = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__}
@@ -97,6 +99,7 @@ def _origin(
     config: PeftConfig,
     prompts: Sequence[str] | None,
     training: Mapping[str, Any] | None,
+    thresholds: Mapping[str, float] | None,
 ) -> Origin:
     """Return what the model remembers of the adapter, with what the caller knows better."""
     origin = origin_of(inner, adapter_name)
@@ -107,6 +110,7 @@ def _origin(
         origin.prompts if prompts is None else tuple(prompts),
         origin.training if training is None else dict(training),
         origin.initial,
+        origin.thresholds if thresholds is None else dict(thresholds),
     )
 
 
@@ -124,6 +128,7 @@ def _record(
         weights_sha256=file_digest(folder / WEIGHTS_FILE),
         prompts=origin.prompts,
         training=origin.training,
+        thresholds=origin.thresholds,
     )
 
 

@@ -19,6 +19,7 @@ examples:
   sam3-lora evaluate --data my_dataset --adapter runs/first/adapters/best
   sam3-lora evaluate --data my_dataset --split test --adapter runs/a/adapters/best --adapter runs/b/adapters/best
   sam3-lora evaluate --data my_dataset --adapter runs/a/adapters/best --output runs/compared --report
+  sam3-lora evaluate --data my_dataset --adapter runs/a/adapters/best --guard --general coco_sample
   sam3-lora evaluate --data my_dataset --base tiny --json""",
 }
 
@@ -43,6 +44,22 @@ def add_options(parser: arguments.Parser) -> None:
     add(
         "--base", metavar="NAME", help="facebook/sam3, tiny or the path of a sam3.pt (default: the adapters')"
     )
+    add(
+        "--guard",
+        action="store_true",
+        help="also ask for things that are not there: does an adapter fire on every prompt?",
+    )
+    add(
+        "--general",
+        type=Path,
+        metavar="DIR",
+        help="with --guard: a dataset of what the base knows, to see what is kept",
+    )
+    add(
+        "--save-thresholds",
+        action="store_true",
+        help="write the best score threshold of each class into the adapter, for predict to use",
+    )
     add("--batch-size", type=arguments.count, default=4, metavar="N", help="images at a time (default: 4)")
     add("--output", type=Path, metavar="DIR", help="also write metrics.json and all predictions there")
     add("--report", action="store_true", help="also write report.html into --output: numbers and pictures")
@@ -56,6 +73,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from sam3_lora.cli.progress import count_on_stderr
     from sam3_lora.output import check_output
 
+    if args.general is not None and not args.guard:
+        args.parser.error("--general is for the guard: add --guard")
+    if args.save_thresholds and not args.adapter:
+        args.parser.error("--save-thresholds needs an adapter to write them into: add --adapter DIR")
     if args.report and args.output is None:
         args.parser.error("--report needs a folder for report.html: add --output DIR")
     if args.output is not None:
@@ -69,11 +90,15 @@ def _evaluate(args: argparse.Namespace) -> None:
             split=args.split,
             base=args.base,
             batch_size=args.batch_size,
+            guard=args.guard,
+            general=args.general,
             on_progress=show,
         )
     if args.output is not None:
         save_evaluation(result, args.output, overwrite=args.overwrite)
     report = _write_report(result, args.output) if args.report else None
+    if args.save_thresholds:
+        _save_thresholds(result)
     if args.json:
         tables.print_json(result.as_dict())
         return
@@ -108,6 +133,39 @@ def _print_tables(result: Evaluation) -> None:
         for prompt in result.base.per_class
     ]
     tables.print_table("By class", ["class", "metric", *models], rows)
+    _print_guards(result)
+
+
+def _save_thresholds(result: Evaluation) -> None:
+    from sam3_lora.data.coco import ANNOTATION_FILE
+    from sam3_lora.evaluation.thresholds import best_thresholds
+    from sam3_lora.record import record_thresholds
+
+    for name, folder in result.folders.items():
+        found = best_thresholds(result.split / ANNOTATION_FILE, result.adapters[name].predictions)
+        record_thresholds(folder, {prompt: best.threshold for prompt, best in found.items()})
+
+
+def _print_guards(result: Evaluation) -> None:
+    from sam3_lora.cli import tables
+
+    for name, report in result.guards.items():
+        rows = [
+            [
+                measure.replace("_", " "),
+                f"{change.base:.3f}",
+                f"{change.adapter:.3f}",
+                f"{change.change:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+            ]
+            for measure, change in report.measures.items()
+        ]
+        tables.print_table("Guard", ["measure", "base", name, "change, 95 % interval"], rows)
+        facts = {
+            "Verdict": f"{name}: {report.verdict}",
+            "Asked": f"{report.images} images for {report.phrases} things that they do not show",
+        }
+        most = [f"{phrase} {before:.0%} -> {after:.0%}" for phrase, (before, after) in report.fires_most.items()]
+        tables.print_facts({**facts, "Fires most": ", ".join(most)} if most else facts)
 
 
 def _number(value: float | None) -> str:

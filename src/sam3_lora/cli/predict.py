@@ -69,9 +69,9 @@ def add_options(parser: arguments.Parser) -> None:
     add(
         "--threshold",
         type=arguments.share,
-        default=0.5,
         metavar="X",
-        help="leave out objects that score this or less, 0 to 1 (default: 0.5)",
+        help="leave out objects that score this or less, 0 to 1 (default: the best on the adapter's validation images, as "
+        "it records it for its own prompts; else 0.5)",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the results: new, or empty")
     add("--overwrite", action="store_true", help="replace an earlier result in --output")

@@ -41,8 +41,8 @@ from sam3.train.transforms.basic_for_api import (  # noqa: E402
 )
 from sam3.train.transforms.segmentation import DecodeRle  # noqa: E402
 
-# Asked of an image at once; the rest in further turns, so that memory does not grow with the number of categories.
-_MAX_PROMPTS = 32
+#: Asked of an image at once; the rest in further turns, so that memory does not grow with the number of categories.
+MAX_PROMPTS = 32
 
 
 def open_split(images: Path, annotation_file: Path, resolution: int, *, masks: bool = False) -> Any:
@@ -54,7 +54,7 @@ def open_split(images: Path, annotation_file: Path, resolution: int, *, masks: b
         resolution: Side in pixels that images are resized to.
         masks: Load the masks of the objects, which a loss needs; COCOeval reads them from the file itself.
     """
-    loader = functools.partial(COCO_FROM_JSON, include_negatives=True, category_chunk_size=_MAX_PROMPTS)
+    loader = functools.partial(COCO_FROM_JSON, include_negatives=True, category_chunk_size=MAX_PROMPTS)
     with silence():
         return Sam3ImageDataset(
             img_folder=str(images),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from sam3_lora.adapter import load_adapter_beside, recorded_base
 from sam3_lora.base.checkpoint import DEFAULT, base_info
 from sam3_lora.base.loading import load_base
-from sam3_lora.data.check import check_dataset
 from sam3_lora.data.coco import ANNOTATION_FILE
-from sam3_lora.errors import AdapterError, ConfigError, DataError, as_report, did_you_mean
+from sam3_lora.errors import AdapterError, ConfigError, as_report
+from sam3_lora.evaluation.guarding import GuardReport, general_folder, guard_all
 from sam3_lora.evaluation.metrics import predict_split
-from sam3_lora.evaluation.scores import ModelEvaluation, read_truth, score_predictions
+from sam3_lora.evaluation.scores import ModelEvaluation, score_predictions
+from sam3_lora.evaluation.splits import checked_split
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
 
@@ -39,6 +40,7 @@ class Evaluation:
         base: What the base reached.
         adapters: What each adapter reached, by name.
         folders: Where each adapter lies, by the same names.
+        guards: What each adapter did to the open vocabulary, by the same names; empty unless it was asked for.
     """
 
     split: Path
@@ -46,13 +48,19 @@ class Evaluation:
     base: ModelEvaluation
     adapters: Mapping[str, ModelEvaluation]
     folders: Mapping[str, Path]
+    guards: Mapping[str, GuardReport] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return ``base``, ``adapters`` by name and, when there is exactly one, ``adapter``."""
+        """Return ``base``, ``adapters`` by name and, when there is exactly one, ``adapter``; likewise ``guards`` and
+        ``guard``, where there are any."""
         adapters = {name: model.as_dict() for name, model in self.adapters.items()}
         values = {"base": self.base.as_dict(), "adapters": adapters}
         if len(adapters) == 1:
             (values["adapter"],) = adapters.values()
+        if guards := {name: report.as_dict() for name, report in self.guards.items()}:
+            values["guards"] = guards
+            if len(guards) == 1:
+                (values["guard"],) = guards.values()
         return values
 
 
@@ -64,6 +72,8 @@ def evaluate(
     base: StrPath | None = None,
     batch_size: int = 4,
     device: str | torch.device | None = None,
+    guard: bool = False,
+    general: StrPath | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a base and adapters on a split: AP of boxes and masks, mean IoU and cgF1, of each class too.
@@ -81,6 +91,8 @@ def evaluate(
             ``facebook/sam3``.
         batch_size: Images at a time.
         device: ``None`` takes CUDA when there is one, else the CPU.
+        guard: Also find out, as :func:`sam3_lora.guard` does, whether each adapter stays silent where nothing is.
+        general: Dataset of concepts that the base knows, for the guard.
         on_progress: Called after every batch with the number of images done and of all. An image with more than 32
             categories is asked in several turns and counts once for each.
 
@@ -88,11 +100,14 @@ def evaluate(
         DataError: If the split is missing, cannot be used, or has no objects.
         AdapterError: If adapters are missing, damaged, of different bases, or do not fit the base.
         CheckpointError: If the base cannot be had.
-        ConfigError: If an adapter is given twice, or ``batch_size`` is below 1.
+        ConfigError: If an adapter is given twice, ``batch_size`` is below 1, or ``general`` comes without ``guard``.
     """
+    if general is not None and not guard:
+        raise ConfigError("a general dataset is for the guard: pass guard=True (--guard)")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be 1 or more, got {batch_size!r}")
-    folder = _checked_split(Path(data), split)
+    folder = checked_split(Path(data), split)
+    others = None if general is None else general_folder(Path(general), split)
     named = _named(adapters)
     base_name = str(base) if base is not None else _common_base(named)
     model = load_base(base_name, device=device)
@@ -109,7 +124,19 @@ def evaluate(
             on_progress=on_progress,
         )
     of_base, *of_adapters = (score_predictions(folder / ANNOTATION_FILE, results) for results in predictions)
-    return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)), named)
+    guards = {}
+    if guard:
+        by_name = dict(zip(named, beside, strict=True))
+        guards = guard_all(
+            model,
+            by_name,
+            folder,
+            resolution=base_info(base_name).resolution,
+            general=others,
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
+    return Evaluation(folder, base_name, of_base, dict(zip(named, of_adapters, strict=True)), named, guards)
 
 
 def save_evaluation(evaluation: Evaluation, output: Path, *, overwrite: bool = False) -> None:
@@ -124,25 +151,6 @@ def save_evaluation(evaluation: Evaluation, output: Path, *, overwrite: bool = F
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(file, model.predictions)
     write_json_atomic(output / METRICS_FILE, evaluation.as_dict())
-
-
-def _checked_split(data: Path, split: StrPath) -> Path:
-    """Return the folder of the split, with all of its files and annotations found usable."""
-    folder = data / split
-    if not folder.is_dir() and Path(split).is_dir():
-        folder = Path(split)
-    if data.is_dir() and not folder.is_dir() and not (data / ANNOTATION_FILE).is_file():
-        splits = sorted(file.parent.name for file in data.glob(f"*/{ANNOTATION_FILE}"))
-        known = (
-            f". Its splits are {', '.join(splits)}"
-            if splits
-            else f", nor any other; a split is a folder with its images and {ANNOTATION_FILE!r}"
-        )
-        raise DataError(f"no split {str(split)!r} in {data}{did_you_mean(str(split), splits) or known}")
-    folder = folder.resolve() if folder.name in ("", "..") else folder
-    check_dataset(folder.parent, [folder.name], train_split=None)
-    read_truth(folder / ANNOTATION_FILE)
-    return folder
 
 
 def _named(adapters: Sequence[StrPath] | Mapping[str, StrPath]) -> dict[str, Path]:

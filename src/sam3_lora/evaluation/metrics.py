@@ -10,13 +10,16 @@ import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
+from sam3_lora.data.image_files import read_image
 from sam3_lora.evaluation.batches import (
+    MAX_PROMPTS,
     check_all_read,
     evaluating,
     forward,
@@ -33,6 +36,9 @@ from sam3.model.sam3_image import Sam3Image  # isort: skip
 # The module behind this one announces on stdout that the optional TIDE is not installed.
 with silence():
     from sam3.eval.coco_writer import PredictionDumper
+
+#: An image, or a file that is read upright.
+Picture = Image.Image | Path
 
 _MAX_PREDICTIONS = 100  # an image, best first, over all its categories: PredictionDumper's maxdets
 
@@ -123,7 +129,7 @@ def predict_split(
 
 def false_fire_rate(
     model: Sam3Image,
-    images: Sequence[Image.Image],
+    images: Sequence[Picture],
     prompts: Sequence[Sequence[str]],
     threshold: float = 0.5,
     *,
@@ -135,7 +141,7 @@ def false_fire_rate(
 
     Args:
         model: On ``device``.
-        images: Any size and mode.
+        images: Any size and mode, or files.
         prompts: For each image the prompts to ask, all of which name nothing in it.
         threshold: A pair counts if the best score (class x presence) of its queries is above this.
         resolution: Side in pixels of the square that the model sees.
@@ -154,7 +160,7 @@ def false_fire_rate(
 
 def best_scores(
     model: Sam3Image,
-    images: Sequence[Image.Image],
+    images: Sequence[Picture],
     prompts: Sequence[Sequence[str]],
     *,
     resolution: int,
@@ -165,19 +171,70 @@ def best_scores(
 
     Arguments and errors as in :func:`false_fire_rate`.
     """
-    asked = [(image, list(texts)) for image, texts in zip(images, prompts, strict=True) if texts]
+    scores = pair_scores(model, images, prompts, resolution=resolution, device=device, batch_size=batch_size)
+    return [[pair.score for pair in row] for row in scores]
+
+
+class PairScore(NamedTuple):
+    """What a model says of an image and a prompt, 0 to 1: the best score of any query, and the presence alone."""
+
+    score: float
+    presence: float
+
+
+def pair_scores(
+    model: Sam3Image,
+    images: Sequence[Picture],
+    prompts: Sequence[Sequence[str]],
+    *,
+    resolution: int,
+    device: str | torch.device,
+    batch_size: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[PairScore]]:
+    """Return what the model says of each image and each of its prompts, :data:`MAX_PROMPTS` in a forward at most.
+
+    Arguments and errors as in :func:`false_fire_rate`; ``on_progress`` is called with the images done and all.
+    """
+    asked = [
+        (number, texts[start : start + MAX_PROMPTS])
+        for number, (_, texts) in enumerate(zip(images, prompts, strict=True))
+        for start in range(0, len(texts), MAX_PROMPTS)
+    ]
     transform = official_transforms(resolution)
-    scores: list[float] = []
+    scores: list[list[PairScore]] = [[] for _ in range(len(images))]
     with evaluating(model):
-        for start in range(0, len(asked), batch_size):
-            datapoints = [transform(make_datapoint(*pair)) for pair in asked[start : start + batch_size]]
+        for turn in _turns(asked, batch_size):
+            datapoints = [transform(make_datapoint(_opened(images[number]), texts)) for number, texts in turn]
             outputs, _ = forward(model, datapoints, device)
             (stage,) = outputs
-            presence = stage["presence_logit_dec"].sigmoid().reshape(-1, 1)
-            best = (stage["pred_logits"].sigmoid().squeeze(-1) * presence).amax(dim=1)
-            scores.extend(best.float().tolist())
-    remaining = iter(scores)
-    return [[next(remaining) for _ in texts] for texts in prompts]
+            presence = stage["presence_logit_dec"].float().sigmoid().reshape(-1)
+            best = stage["pred_logits"].float().sigmoid().squeeze(-1).amax(dim=1) * presence
+            found = iter(zip(best.tolist(), presence.tolist(), strict=True))
+            for number, texts in turn:
+                scores[number] += [PairScore(*next(found)) for _ in texts]
+            if on_progress:
+                on_progress(turn[-1][0] + 1, len(images))
+    return scores
+
+
+_Turn = list[tuple[int, Sequence[str]]]
+
+
+def _turns(asked: Sequence[tuple[int, Sequence[str]]], batch_size: int) -> Iterator[_Turn]:
+    """Yield what to ask at once: up to ``batch_size`` images, and prompts as many as go into a forward."""
+    turn: _Turn = []
+    for number, texts in asked:
+        if turn and (len(turn) == batch_size or sum(len(t) for _, t in turn) + len(texts) > MAX_PROMPTS):
+            yield turn
+            turn = []
+        turn.append((number, texts))
+    if turn:
+        yield turn
+
+
+def _opened(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else read_image(picture)
 
 
 def _new_dumper() -> PredictionDumper:

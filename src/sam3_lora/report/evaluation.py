@@ -49,6 +49,7 @@ def report_of_evaluation(evaluation: Evaluation, path: str | Path, *, title: str
         classes=classes,
         pictures=pictures,
         notes=[_NOTE],
+        guards=evaluation.guards,
     )
 
 

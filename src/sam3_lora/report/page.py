@@ -10,8 +10,10 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
+from sam3_lora.evaluation.guarding import GuardReport
 from sam3_lora.output import write_text_atomic
 from sam3_lora.report.charts import loss_chart, metrics_chart
+from sam3_lora.report.guard import guard_section
 from sam3_lora.report.history import History
 from sam3_lora.report.pictures import Picture, as_data_urls, columns_of
 from sam3_lora.report.tables import Metrics, classes_table, metric_name, metrics_table
@@ -59,6 +61,7 @@ def write_report(
     history: History | None = None,
     pictures: Mapping[str, Sequence[Picture]] | None = None,
     notes: Sequence[str] = (),
+    guards: Mapping[str, GuardReport] | None = None,
     facts_heading: str = "What was trained",
 ) -> Path:
     """Write one self-contained HTML file, and return its path.
@@ -74,9 +77,12 @@ def write_report(
         pictures: Group -> its pictures, as from :func:`choose_pictures`. All together take 1.7 MB at most, unless
             there are hundreds.
         notes: Sentences below the metrics: how they were measured.
+        guards: Adapter -> what it did to the open vocabulary.
         facts_heading: What stands above the facts.
     """
     sections = [_results(metrics, notes), _facts(facts_heading, facts)]
+    if guards:
+        sections.append(_section("Silent where nothing is", guard_section(guards)))
     if classes:
         sections.append(_classes(classes))
     if history is not None and (history.steps or history.metrics):
