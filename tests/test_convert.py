@@ -1,11 +1,13 @@
 """A conversion as a whole: the layout that it makes, what it does to the source (nothing), and to bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -172,6 +174,45 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_is_clean(stop, tm
     convert_dataset(source, tmp_path / "d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "s"]
     check_dataset(tmp_path / "d")
+
+
+def test_processes_end_with_the_one_that_was_killed(tmp_path):
+    source = yolo(tmp_path / "s", 20)
+    code = (
+        "import os, sys, time, sam3_lora.data.convert.dataset as c\n"
+        "c._ALONE, c._CHUNK = 0, 1\n"
+        "wait = lambda *_: (print(os.getpgid(0), flush=True), time.sleep(60))\n"
+        "c.convert_dataset(sys.argv[1], sys.argv[2], processes=2, on_progress=wait)"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "d")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        group = int(process.stdout.readline())
+        process.kill()
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("processes are left")
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_take_less_than_a_minute(tmp_path):
+    source = yolo(tmp_path / "s", 1)
+    radii = [0.1 + 0.04 * n for n in range(7)]
+    rings = [
+        " ".join(f"{0.5 + r * f(t / 4):.6f}" for t in range(26) for f in (math.cos, math.sin)) for r in radii
+    ]
+    rows = "".join(f"0 {ring}\n" for ring in rings)
+    for number in range(1, 10_000):
+        os.link(source / "images/000.png", source / f"images/{number:05}.png")
+        (source / f"labels/{number:05}.txt").write_text(rows)
+    start = time.monotonic()
+    made = convert_dataset(source, tmp_path / "d")
+    assert time.monotonic() - start < 60
+    assert made.images == {"train": 8000, "valid": 2000}
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from sam3_lora.data.convert import hugging_face
@@ -162,9 +163,7 @@ def _planned(
 ) -> tuple[str, str, Source]:
     if tree is None:
         if not hasattr(src, "features") and not isinstance(src, Mapping):
-            raise DataError(
-                f"the source is {src!r:.60}; give a path, or a Dataset of Hugging Face"
-            )
+            raise DataError(f"the source is {src!r:.60}; give a path, or a Dataset of Hugging Face")
         return "huggingface", type(src).__name__, hugging_face.plan_loaded(src, report, class_name)
     name, evidence = recognised(tree, wanted)
     source = FORMATS[name].plan(tree, report, class_name)
@@ -243,13 +242,25 @@ def _converted(jobs: Sequence[Job], workers: int) -> Iterator[Converted]:
         return
     # A fresh start of each process would import the user's script again, which must be guarded for that.
     method = "fork" if sys.platform == "linux" else None
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield from pool.map(_convert_job, jobs, chunksize=_CHUNK)
         except BrokenProcessPool as error:
             raise DataError("a process of the conversion was killed, perhaps for want of memory") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: else it would wait for work for ever."""
+    Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _convert_job(job: Job) -> Converted:
