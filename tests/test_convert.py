@@ -176,6 +176,25 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_is_clean(stop, tm
     check_dataset(tmp_path / "d")
 
 
+@pytest.mark.parametrize("limit", [100, 2000])
+def test_a_disk_without_room_is_said_once(limit, tmp_path):
+    source = yolo(tmp_path / "s", 20)
+    Image.effect_noise((64, 64), 50).save(source / "images/000.png")  # more than 2,000 bytes
+    code = (
+        "import resource, sys, sam3_lora.cli as c\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.exit(c.main(['data', 'convert', *sys.argv[1:], '--copy']))"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "d")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert (
+        result.stderr.splitlines()[-1]
+        == f"error: {tmp_path / 'd'} cannot be written: File too large; choose another place"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_processes_end_with_the_one_that_was_killed(tmp_path):
     source = yolo(tmp_path / "s", 20)
     code = (

@@ -26,7 +26,7 @@ from sam3_lora.data.convert.report import NO_VALID, RENAMED, Report, printable
 from sam3_lora.data.convert.tree import Tree, list_tree
 from sam3_lora.data.convert.writing import Categories, SplitWriter
 from sam3_lora.data.problems import Problem
-from sam3_lora.errors import DataError
+from sam3_lora.errors import DataError, OutputError
 from sam3_lora.output import check_output, mark_made, replaced_folder
 
 MADE_BY = "data convert"
@@ -108,7 +108,7 @@ def convert_dataset(
         if not source.items and not report.problems.problems():
             raise DataError(f"{title}: it has no labelled images")
         splits = _shared_out(source.items, valid_share, seed, report)
-        with replaced_folder(dst) as folder:
+        with _written(dst), replaced_folder(dst) as folder:
             names, written = _write(
                 source, splits, folder, report, (copy, not boxes), processes, on_progress, title
             )
@@ -141,6 +141,19 @@ def _opened(src: Any, dst: Path) -> Iterator[Tree | None]:
         raise DataError(
             f"{path} is neither a folder nor a zip archive nor a label file; unpack other archives first"
         )
+
+
+@contextmanager
+def _written(dst: Path) -> Iterator[None]:
+    """Say of what the system refuses that the target cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{dst} cannot be written: {error.strerror or error}; choose another place"
+        ) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from sam3_lora.data.convert.report import BROKEN_IMAGE, IMAGE_SIZE, UNLABELLED, 
 from sam3_lora.errors import DataError
 
 Size = tuple[int, int]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Labels(Protocol):
@@ -101,6 +103,8 @@ def convert_item(item: Item, target: Path, copy: bool, box_masks: bool) -> Conve
     except DataError as error:
         report.problem(BROKEN_IMAGE, str(error))
     except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise  # not the fault of this image
         report.problem(BROKEN_IMAGE, f"{item.picture.place} cannot be brought to {target}: {error.strerror}")
     if size != (0, 0):
         for number, found in enumerate(item.labels.objects(size, report), 1):

@@ -13,7 +13,6 @@ from typing import Protocol
 from PIL import Image, ImageOps
 
 from sam3_lora.data.image_files import read_facts
-from sam3_lora.errors import DataError
 
 _TRANSPOSED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
 _JPEG_QUALITY = 95
@@ -34,7 +33,8 @@ class Picture(Protocol):
         """Bring it to a path that does not exist.
 
         Raises:
-            DataError: If it cannot be read.
+            DataError: If there is no picture.
+            OSError: If it cannot be read or written.
         """
 
 
@@ -54,16 +54,13 @@ class FilePicture:
 
     def write(self, target: Path, copy: bool) -> None:
         real = os.path.realpath(self.path)
-        try:
-            if not copy:
-                try:
-                    os.link(real, target)
-                    return
-                except OSError:  # another disk, a file system without links, or somebody else's file
-                    pass
-            shutil.copyfile(real, target)
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be copied: {error.strerror}") from error
+        if not copy:
+            try:
+                os.link(real, target)
+                return
+            except OSError:  # another disk, a file system without links, or somebody else's file
+                pass
+        shutil.copyfile(real, target)
 
 
 @dataclass(frozen=True)
