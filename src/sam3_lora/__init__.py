@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sam3_lora.base.loading import load_base as load_base
     from sam3_lora.data.check import check_dataset as check_dataset
     from sam3_lora.data.check import examine_dataset as examine_dataset
+    from sam3_lora.data.convert import convert_dataset as convert_dataset
     from sam3_lora.data.repair import repair_dataset as repair_dataset
     from sam3_lora.demo import run_demo as run_demo
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
@@ -87,6 +88,7 @@ _MODULES = {
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
     "combine_adapters": "adapter",
+    "convert_dataset": "data.convert",
     "count_parameters": "adapter",
     "dataset_losses": "training.starts",
     "delete_adapter": "adapter",

@@ -55,10 +55,15 @@ def claim_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
     check_output(folder, made_by, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(folder / MARKER_FILE, {"command": made_by, "version": version("sam3-lora")})
+        mark_made(folder, made_by)
         _delete_contents(folder, keep=MARKER_FILE)
     except OSError as error:
         raise _not_writable(folder, error) from error
+
+
+def mark_made(folder: Path, made_by: str) -> None:
+    """Mark a folder as made by a command, so that the command may replace it."""
+    write_json_atomic(folder / MARKER_FILE, {"command": made_by, "version": version("sam3-lora")})
 
 
 def mark_finished(folder: Path) -> None:

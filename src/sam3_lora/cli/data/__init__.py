@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from sam3_lora.cli.arguments import Parser
-from sam3_lora.cli.data import check
+from sam3_lora.cli.data import check, convert
 
 HELP: dict[str, Any] = {
-    "help": "check datasets",
+    "help": "check and convert datasets",
     "description": "Work on datasets: a folder with train/ and valid/, each with its images and _annotations.coco.json.",
 }
 
 #: What may follow ``sam3-lora data``.
 VERBS = {
     "check": check,
+    "convert": convert,
 }
 
 
