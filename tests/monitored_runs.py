@@ -26,6 +26,7 @@ def run(folder, mode="train", quiet=False, **training):
     """Train in ``folder``; return what was seen of the run while it went on."""
     folder.mkdir(exist_ok=True)
     config = {f"training.{name}": value for name, value in {"batch_size": 2, **training}.items()}
+    config["prompts.negatives"] = "classes"
     settings = TrainSettings(
         data=folder.parent / "data", output=folder, base="tiny", preset="minimal", config=config
     )

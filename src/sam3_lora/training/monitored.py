@@ -59,7 +59,7 @@ class MonitoredTrainer(ObservedTrainer):
         early_stopping_patience: int | None = None,
         **keywords: Any,
     ) -> None:
-        masks = keywords["model"].get("enable_segmentation", True)
+        masks = (keywords.get("model") or {}).get("enable_segmentation", True)
         settings = {
             "training.best_metric": best_metric,
             "training.enable_segmentation": masks,
