@@ -18,6 +18,7 @@ from sam3_lora.cli import main
 from sam3_lora.data.coco import ANNOTATION_FILE, read_split
 from sam3_lora.data.shapes import DEMO_CONCEPTS, PRETRAINING_CONCEPTS, write_coco
 from sam3_lora.errors import AdapterError, ConfigError, DataError
+from sam3_lora.evaluation import guarding
 from sam3_lora.evaluation.batches import make_datapoint, official_transforms
 from sam3_lora.evaluation.guarding import CUTOFFS, Answers, judge
 from sam3_lora.evaluation.metrics import PairScore, evaluate_split, pair_scores
@@ -143,6 +144,20 @@ def test_the_probe_asks_classes_and_unrelated_phrases(data):
         }
     assert make_probe(split, max_images=3, seed=4).images == probe.images
     assert make_probe(split, max_images=3, seed=5).images != probe.images
+
+
+def test_a_class_is_asked_by_the_prompt_that_the_adapter_was_trained_with(data, tmp_path, monkeypatch):
+    model = get_peft_sam3(untouched(), "minimal")
+    folder = save_adapter(
+        model, tmp_path / "adapter", training={"prompt_of": {"purple cross": "violet plus"}}
+    )
+    asked = []
+    ask = guarding.pair_scores
+    monkeypatch.setattr(
+        guarding, "pair_scores", lambda m, i, prompts, **o: asked.extend(prompts) or ask(m, i, prompts, **o)
+    )
+    guard(load_adapter(untouched(), folder), data / "new", phrases=PHRASES[:1], max_images=1)
+    assert list(asked[0]) == ["violet plus", "orange hexagon", "cyan crescent", "giraffe"]
 
 
 def test_wrong_requests_are_refused(data, ruined):

@@ -9,7 +9,7 @@ from sam3_lora.adapter.hotswap import hotswap_adapter, prepare_hotswap
 from sam3_lora.adapter.injection import get_peft_sam3
 from sam3_lora.adapter.layers import ParameterCount, adapted_modules, count_parameters, inner_model
 from sam3_lora.adapter.loading import load_adapter, load_adapter_beside
-from sam3_lora.adapter.origin import thresholds_of
+from sam3_lora.adapter.origin import prompts_by_class, thresholds_of
 from sam3_lora.adapter.saving import save_adapter
 from sam3_lora.adapter.scaling import scale_adapter
 from sam3_lora.adapter.several import (
@@ -45,6 +45,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_beside",
     "prepare_hotswap",
+    "prompts_by_class",
     "recorded_base",
     "save_adapter",
     "scale_adapter",

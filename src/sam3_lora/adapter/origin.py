@@ -52,3 +52,10 @@ def thresholds_of(model: nn.Module, adapter_name: str) -> Mapping[str, float]:
     """Return the thresholds of an adapter by prompt, as its folder had them."""
     origin = origin_of(inner_model(model), adapter_name)
     return {} if origin is None else origin.thresholds
+
+
+def prompts_by_class(model: nn.Module, adapter_name: str) -> Mapping[str, str]:
+    """Return the prompts that an adapter was trained with for classes by other names, by class."""
+    origin = origin_of(inner_model(model), adapter_name)
+    given: Mapping[str, str] | None = None if origin is None else origin.training.get("prompt_of")
+    return given or {}

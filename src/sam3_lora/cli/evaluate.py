@@ -138,12 +138,14 @@ def _print_tables(result: Evaluation) -> None:
 
 def _save_thresholds(result: Evaluation) -> None:
     from sam3_lora.data.coco import ANNOTATION_FILE
+    from sam3_lora.evaluation.compare import common_prompts
     from sam3_lora.evaluation.thresholds import best_thresholds
     from sam3_lora.record import record_thresholds
 
-    for name, folder in result.folders.items():
-        found = best_thresholds(result.split / ANNOTATION_FILE, result.adapters[name].predictions)
-        record_thresholds(folder, {prompt: best.threshold for prompt, best in found.items()})
+    asked = common_prompts(result.folders)
+    for adapter, folder in result.folders.items():
+        found = best_thresholds(result.split / ANNOTATION_FILE, result.adapters[adapter].predictions)
+        record_thresholds(folder, {asked.get(name, name): best.threshold for name, best in found.items()})
 
 
 def _print_guards(result: Evaluation) -> None:

@@ -138,6 +138,7 @@ def evaluate(
             by_name,
             folder,
             resolution=base_info(base_name).resolution,
+            prompt_of=prompt_of,
             general=others,
             batch_size=batch_size,
             on_progress=on_progress,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from sam3_lora.adapter import BASE, inner_model, use_adapter
+from sam3_lora.adapter import BASE, active_adapters, inner_model, prompts_by_class, use_adapter
 from sam3_lora.data.coco import ANNOTATION_FILE, read_split
 from sam3_lora.errors import ConfigError
 from sam3_lora.evaluation.metrics import PairScore, pair_scores, predict_split
@@ -155,7 +155,9 @@ def guard(
     inner: Any = inner_model(model)
     folder = checked_split(Path(data), split)
     others = None if general is None else general_folder(Path(general), split)
-    probe = make_probe(read_split(folder), phrases, max_images, seed)
+    acting = active_adapters(inner)
+    asked = prompts_by_class(inner, acting[0]) if acting else {}
+    probe = make_probe(read_split(folder), phrases, max_images, seed, asked)
     asker = _Asker(probe, others, 2, resolution_of(inner), batch_size, on_progress)
     with use_adapter(inner, BASE) if base is None else contextlib.nullcontext():
         of_base = asker.ask(inner if base is None else base)
@@ -168,6 +170,7 @@ def guard_all(
     folder: Path,
     *,
     resolution: int,
+    prompt_of: Mapping[str, str] | None = None,
     general: Path | None = None,
     batch_size: int = 4,
     on_progress: OnProgress | None = None,
@@ -179,11 +182,12 @@ def guard_all(
         adapted: Name -> the same with one.
         folder: Of a split that was found usable, as is the next.
         resolution: Side in pixels of the square that they see.
+        prompt_of: Name of a class -> what to ask for it instead.
         general: As from :func:`general_folder`.
         batch_size: Images at a time.
         on_progress: Called with the number of images done and of all.
     """
-    probe = make_probe(read_split(folder), max_images=MAX_IMAGES)
+    probe = make_probe(read_split(folder), max_images=MAX_IMAGES, prompt_of=prompt_of)
     asker = _Asker(probe, general, 1 + len(adapted), resolution, batch_size, on_progress)
     of_base = asker.ask(base)
     return {name: judge(probe, of_base, asker.ask(model), general=general) for name, model in adapted.items()}

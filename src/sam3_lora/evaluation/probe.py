@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -44,7 +44,11 @@ def shipped_phrases() -> tuple[str, ...]:
 
 
 def make_probe(
-    split: Split, phrases: Sequence[str] | None = None, max_images: int | None = None, seed: int = 0
+    split: Split,
+    phrases: Sequence[str] | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    prompt_of: Mapping[str, str] | None = None,
 ) -> Probe:
     """Return the probe of a split.
 
@@ -54,6 +58,7 @@ def make_probe(
             of one's name or the other way round, are left out.
         max_images: Draw so many of the images; ``None`` takes all.
         seed: Of the draw.
+        prompt_of: Name of a class -> what to ask for it instead.
 
     Raises:
         ConfigError: If no phrase is left, or ``max_images`` is below 1.
@@ -63,7 +68,8 @@ def make_probe(
     chosen = list(split.images)
     if max_images is not None and max_images < len(chosen):
         chosen = random.Random(seed).sample(chosen, max_images)
-    classes = split.prompts
+    given = prompt_of or {}
+    classes = [given.get(name, name) for name in split.prompts]
     asked = shipped_phrases() if phrases is None else tuple(dict.fromkeys(phrases))
     kept = [phrase for phrase in asked if not any(_overlap(phrase, name) for name in classes)]
     if not kept:
@@ -72,7 +78,7 @@ def make_probe(
             "name nothing in these images"
         )
     place = {name: column for column, name in enumerate(classes)}
-    names = {category["id"]: category["name"] for category in split.categories}
+    names = {c["id"]: given.get(c["name"], c["name"]) for c in split.categories}
     row = {image["id"]: number for number, image in enumerate(chosen)}
     present = np.zeros((len(chosen), len(classes) + len(kept)), dtype=bool)
     for annotation in split.annotations:
