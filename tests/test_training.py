@@ -26,6 +26,7 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import DEMO_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError, DataError, OutputError, Sam3LoraError
 from sam3_lora.evaluation.metrics import evaluate_split
+from sam3_lora.evaluation.thresholds import best_thresholds
 from sam3_lora.presets import PRESETS
 from sam3_lora.training.launch import train
 from sam3_lora.training.progress import PROGRESS_FILE
@@ -85,7 +86,7 @@ def test_a_run_leaves_the_files_that_the_documentation_names(run):
     }
 
 
-def test_the_record_of_an_adapter_tells_what_it_was_trained_on_and_what_it_reached(run):
+def test_the_record_of_an_adapter_tells_what_it_was_trained_on_and_what_it_reached(run, dataset):
     records = {
         name: json.loads((run[0].output / "adapters" / name / "sam3_lora.json").read_text())
         for name in ("best", "last")
@@ -98,6 +99,11 @@ def test_the_record_of_an_adapter_tells_what_it_was_trained_on_and_what_it_reach
         **shared,
         "metrics": {name: reached[name] for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")},
     }
+    predictions = json.loads((run[0].output / "dumps/best/coco_predictions_segm.json").read_text())
+    thresholds = best_thresholds(dataset / "valid" / "_annotations.coco.json", predictions)
+    assert records["best"]["thresholds"] == {name: best.threshold for name, best in thresholds.items()}
+    assert thresholds
+    assert records["last"]["thresholds"] == {}
     assert records["best"]["base"] == "tiny"
     assert records["best"]["prompts"] == ["purple cross", "orange hexagon", "cyan crescent"]
 
