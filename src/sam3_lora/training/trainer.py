@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
+from sam3_lora.adapter_plan import ddp_reason, unused_parameters
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report
 from sam3_lora.training.accumulation import AccumulatedLoss
@@ -99,6 +100,7 @@ class LoraTrainer(MonitoredTrainer):
         self._adapter_dir = Path(adapter_dir)
         self._pass_losses: list[torch.Tensor] = []
         self._adapter_freq = adapter_freq
+        self._find_unused: Any = (official.get("distributed") or {}).get("find_unused_parameters", False)
         self._seed = seed_value
         with _own_errors_reported(self._logs):
             optim = resolved_amp(optim)
@@ -213,6 +215,7 @@ class LoraTrainer(MonitoredTrainer):
             **({} if self.ema_decay is None else {"ema_decay": self.ema_decay}),
         }
         super()._setup_components()
+        self._decide_unused()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
             log.setFormatter(logging.Formatter("%(levelname)s %(asctime)s: %(message)s"))
@@ -223,6 +226,23 @@ class LoraTrainer(MonitoredTrainer):
             n for n in self.model.state_dict() if n not in trainable
         ]
         self.checkpoint_conf.initialize_after_preemption = True
+
+    def _setup_ddp_distributed_training(self, distributed_conf: Any, accelerator: str) -> None:
+        distributed_conf.find_unused_parameters = self._find_unused
+        super()._setup_ddp_distributed_training(distributed_conf, accelerator)
+
+    def _decide_unused(self) -> None:
+        """Decide whether DistributedDataParallel looks for parameters that a step leaves unused, and say why."""
+        unused = unused_parameters(self.model)
+        if self._find_unused == "auto":
+            self._find_unused, reason = bool(unused), ddp_reason(unused)
+        elif isinstance(self._find_unused, bool):
+            reason = "as asked"
+        else:
+            raise ConfigError(
+                f"training.find_unused_parameters must be auto, true or false, got {self._find_unused!r}"
+            )
+        self.exchange = f"find_unused_parameters {str(self._find_unused).lower()}: {reason}"
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
