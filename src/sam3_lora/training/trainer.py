@@ -266,10 +266,10 @@ class LoraTrainer(MonitoredTrainer):
     def _run_step(
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
     ) -> None:
-        if isinstance(batch, list):
-            key = next(iter(batch[0]))
-            if isinstance(loss := self._find_loss(key), AccumulatedLoss):
-                loss.expect([passed[key].find_targets[0] for passed in batch], self.device)
+        passes = batch if isinstance(batch, list) else [batch]
+        key = next(iter(passes[0]))
+        if isinstance(loss := self._find_loss(key), AccumulatedLoss):
+            loss.expect([passed[key].find_targets[0] for passed in passes], self.device)
         self._pass_losses = []
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
         if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
