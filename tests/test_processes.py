@@ -140,3 +140,10 @@ def test_what_a_step_leaves_unused_is_known_before_the_first(overrides, masks, u
     assert bool(found) == bool(unused)
     assert all(name.startswith(tuple(unused)) for name in found)
     assert ("no step uses" in ddp_reason(found)) == bool(unused)
+
+
+def test_tables_of_constants_are_not_sent_in_every_step():
+    model = build_sam3_lora_model("tiny", "minimal")
+    buffers = {name for name, _ in model.named_buffers()}
+    assert {name.rpartition(".")[2] for name in buffers} == {"freqs_cis", "attn_mask"}
+    assert set(model._ddp_params_and_buffers_to_ignore) == buffers
