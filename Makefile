@@ -45,11 +45,11 @@ $(STAMP): pyproject.toml
 demo: setup ## fine-tune a tiny SAM3 on shapes that it has never seen; results in runs/demo
 	@$(BIN)/sam3-lora demo $(ARGS)
 
-test: setup ## run the tests (ARGS="-k attention" for some of them)
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests in two processes (ARGS="-k attention" for some of them)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup ## run the tests that take minutes each
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-full: setup ## run the tests on the full-size model, one at a time (several GB of memory)
 	@$(BIN)/python -m pytest -m 'full or counts' $(ARGS)

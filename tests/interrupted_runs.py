@@ -98,10 +98,11 @@ def stopped(root, name, signals, **config):
     folder.mkdir()
     send_at_steps(folder, signals)
     code = start(folder, **config)
+    curves = (folder / "curves.png").is_file()
     checkpoint = torch.load(folder / "checkpoints" / "checkpoint.pt", weights_only=True)
     assert start(folder, **config, save_every_steps=1) is None  # which may change
     place = [checkpoint["epoch"] + 1, checkpoint[MIDDLE]["steps"]]
-    return {"code": code, "place": place, **outcome(folder)}
+    return {"code": code, "place": place, "curves": curves, **outcome(folder)}
 
 
 def main():

@@ -42,6 +42,7 @@ def test_importing_the_package_imports_nothing_heavy():
         ("load_lora_weights", "load_adapter(model, folder)"),
         ("save_lora_weights", "save_adapter(model, folder)"),
         ("Sam3ImageInference", "Predictor(model)"),
+        ("yolo_seg_to_coco", "convert_dataset(folder, my_dataset)"),
     ],
 )
 def test_a_name_of_the_seed_is_an_error_that_says_what_it_is_called_here(name, replacement):

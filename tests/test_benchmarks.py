@@ -104,3 +104,16 @@ def test_the_gpu_benchmark_has_an_estimate_of_the_cases_to_compare_with(benchmar
     minimal, balanced = (gpu.estimated_peak(gpu.Case(preset), "full") for preset in ("minimal", "balanced"))
     assert 1.5e9 < minimal < balanced < 5e9
     assert gpu.estimated_peak(gpu.Case("balanced"), "tiny") is None
+
+
+@pytest.mark.slow
+def test_an_index_costs_a_loader_a_tenth_of_the_official_annotations():
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "data.py"), "--images", "3000"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ratios = [
+        float(line.rpartition(" ")[2].replace(",", ""))
+        for line in lines
+        if line.startswith("official / index")
+    ]
+    assert len(ratios) == 3
+    assert min(ratios) >= 10

@@ -1,50 +1,20 @@
 """The check of a dataset: every mistake is found, named with its place, and answered with what to do."""
 
-import copy
 import json
-import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from PIL import Image
+from broken_dataset import CONCEPTS, first, good_dataset, repeated, without
 
-from sam3_lora.data.check import check_dataset
+from sam3_lora.data.check import check_dataset, check_splits, examine_dataset
 from sam3_lora.data.coco import ANNOTATION_FILE
-from sam3_lora.data.shapes import Concept, write_coco
+from sam3_lora.data.shapes import write_coco
 from sam3_lora.errors import DataError
-
-CONCEPTS = [Concept("red", "circle"), Concept("blue", "star")]
-
-
-@dataclass
-class Dataset:
-    """A good dataset of three training images, to be broken."""
-
-    folder: Path
-
-    def file(self, split: str = "train") -> Path:
-        return self.folder / split / ANNOTATION_FILE
-
-    def edit(self, change: Callable[[dict], object], split: str = "train") -> None:
-        document = json.loads(self.file(split).read_text())
-        change(document)
-        self.file(split).write_text(json.dumps(document))
-
-    def report(self) -> str:
-        with pytest.raises(DataError) as caught:
-            check_dataset(self.folder)
-        return str(caught.value)
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    folder = tmp_path / "shapes"
-    write_coco(folder / "train", CONCEPTS, 3, seed=0)
-    write_coco(folder / "valid", CONCEPTS, 2, seed=1)
-    return Dataset(folder)
+    return good_dataset(tmp_path / "shapes")
 
 
 def test_a_good_dataset_is_summed_up(dataset):
@@ -54,6 +24,10 @@ def test_a_good_dataset_is_summed_up(dataset):
     assert summary.splits["train"].images == 3
     assert summary.splits["train"].objects == len(train["annotations"])
     assert summary.splits["train"].prompts == ("red circle", "blue star")
+
+
+def test_a_good_dataset_has_no_problem_at_all(dataset):
+    assert examine_dataset(dataset.folder, images="pixels").as_dict() == {"problems": [], "ok": True}
 
 
 def test_the_check_changes_nothing(dataset):
@@ -68,13 +42,15 @@ def test_crowd_regions_are_fine(dataset):
 
 
 def test_polygons_are_fine(dataset):
-    dataset.edit(lambda d: [a.update(segmentation=[[1, 1, 30, 1, 30.5, 30]]) for a in d["annotations"]])
+    triangle = {"segmentation": [[1, 1, 30, 1, 30.5, 30]], "bbox": [1, 1, 29.5, 29]}
+    dataset.edit(lambda d: [a.update(triangle) for a in d["annotations"]])
     check_dataset(dataset.folder)
 
 
 def test_area_is_only_needed_where_the_evaluation_reads_it(dataset):
     dataset.edit(lambda d: [a.pop("area") for a in d["annotations"]])
-    check_dataset(dataset.folder)
+    (warning,) = check_dataset(dataset.folder).warnings
+    assert warning.kind == "annotation without 'area' to train on"
     dataset.edit(lambda d: [a.pop("area") for a in d["annotations"]], split="valid")
     assert "annotation without 'area'" in dataset.report()
 
@@ -119,20 +95,6 @@ def test_half_a_json_file(dataset):
     assert "the file ends too early" in report
 
 
-def first(key: str, **values: object) -> Callable[[dict], object]:
-    """Change the first entry of a list of the document."""
-    return lambda document: document[key][0].update(values)
-
-
-def without(key: str, field: str) -> Callable[[dict], object]:
-    return lambda document: document[key][0].pop(field)
-
-
-def repeated(key: str, **values: object) -> Callable[[dict], object]:
-    """Add a copy of the first entry of a list of the document."""
-    return lambda document: document[key].append({**copy.deepcopy(document[key][0]), **values})
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -174,49 +136,31 @@ def test_a_mistake_in_the_annotations_is_named(change, problem, dataset):
     assert problem.format(file=dataset.file(), folder=dataset.folder / "train") in dataset.report()
 
 
-def test_a_size_that_the_file_does_not_have(dataset):
-    dataset.edit(first("images", width=200, height=100, file_name="photo.png"))
-    Image.new("RGB", (100, 200)).save(dataset.folder / "train/photo.png")
-    assert (
-        f"image 1 is 200 x 100, its file {dataset.folder / 'train/photo.png'} is 100 x 200"
-        in dataset.report()
-    )
+def test_annotations_may_stand_before_the_images_and_categories_that_they_are_of(dataset):
+    good = check_dataset(dataset.folder)
+    document = json.loads(dataset.file().read_text())
+    order = ("annotations", "images", "categories")
+    dataset.file().write_text(json.dumps({key: document[key] for key in order}))
+    assert check_dataset(dataset.folder) == good
 
 
-NOISE = Image.frombytes("RGB", (112, 112), random.Random(0).randbytes(112 * 112 * 3))
+def test_masks_are_asked_for_where_they_are_trained(dataset):
+    dataset.edit(lambda d: [a.pop("segmentation") for a in d["annotations"]])
+    assert "annotation without 'segmentation'" in dataset.report()
+    assert check_dataset(dataset.folder, masks=False).splits["train"].images == 3
+    assert check_dataset(dataset.folder, masks=None).splits["train"].images == 3
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
-def test_a_whole_image_passes_and_half_of_it_does_not(suffix, dataset):
-    photo = dataset.folder / f"train/photo{suffix}"
-    NOISE.save(photo)
-    dataset.edit(first("images", file_name=photo.name))
-    check_dataset(dataset.folder)
-    photo.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
-    assert f"unreadable image file: {photo} is damaged: " in dataset.report()
+def test_a_single_mask_makes_all_of_its_split_need_one(dataset):
+    dataset.edit(lambda d: [a.pop("segmentation") for a in d["annotations"][1:]])
+    with pytest.raises(DataError, match="annotation without 'segmentation'"):
+        check_dataset(dataset.folder, masks=None)
 
 
-@pytest.mark.parametrize(
-    ("contents", "problem"),
-    [
-        pytest.param(b"", "is empty", id="no bytes"),
-        pytest.param(
-            b"version https://git-lfs.github.com/spec/v1\n", "is not an image", id="Git LFS pointer"
-        ),
-    ],
-)
-def test_a_file_that_is_no_image(contents, problem, dataset):
-    photo = dataset.folder / "train/image00001.png"
-    photo.write_bytes(contents)
-    assert f"unreadable image file: {photo} {problem}" in dataset.report()
-
-
-def test_bytes_after_the_end_of_a_photo_are_fine(dataset):
-    photo = dataset.folder / "train/photo.jpg"
-    NOISE.save(photo)
-    photo.write_bytes(photo.read_bytes() + bytes(10_000))
-    dataset.edit(first("images", file_name=photo.name))
-    check_dataset(dataset.folder)
+def test_splits_may_lie_anywhere(dataset, tmp_path):
+    dataset.file().rename(tmp_path / "labels.json")
+    files = {"train": (dataset.folder / "train", tmp_path / "labels.json")}
+    assert check_splits(files).splits["train"].images == 3
 
 
 def test_a_single_problem_is_a_short_message(dataset):
@@ -246,9 +190,9 @@ def test_many_problems_come_in_one_report_grouped_and_counted(dataset):
     {dataset.file()}: annotation 3 of 'image00001.png'
     ... and {count - 3} more
     -> add "iscrowd": 0 to each annotation, or 1 where a mask covers a crowd; the official loader reads it always
-  bad bbox
+  bbox of no size
     {dataset.file()}: annotation 1 of 'image00001.png': bbox [5, 5, 0, 9] has width 0 and height 9
-    -> boxes are [x, y, width, height] in pixels of the image, not x2, y2 and not shares of 1
+    -> draw the box again, make it from the mask or delete the annotation
   missing image file
     {dataset.folder}/valid/image00001.png (image 1 of {dataset.file("valid")})
     -> copy it there, or delete the image and its annotations from the file"""
@@ -271,3 +215,39 @@ def test_a_thousand_images_take_seconds(tmp_path):
     start = time.process_time()
     check_dataset(tmp_path, splits=["train"])
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.png", "a" * 5000, "", "..", "/", "\ud800.png", "train\\image00001.png"]
+)
+def test_hostile_file_names_are_missing_images(name, dataset):
+    dataset.edit(first("images", file_name=name))
+    assert "missing image file" in dataset.report() or not name
+
+
+def test_values_nested_900_deep_are_named_in_short(dataset):
+    nested = json.loads("[" * 900 + "]" * 900)
+    dataset.edit(first("annotations", bbox=nested, iscrowd=nested, category_id=nested))
+    report = dataset.report()
+    assert "bad bbox" in report
+    assert len(report) < 5000
+
+
+def test_names_cannot_do_anything_to_a_terminal(dataset):
+    dataset.edit(first("images", file_name="\x1b[31m\nred \udcff.png"))
+    report = dataset.report()
+    assert r"\x1b[31m\nred \udcff.png" in report
+    assert "\x1b" not in report
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        pytest.param(first("images", width=10**400), "image without 'width' and 'height'", id="width of 400 digits"),
+        pytest.param(first("images", id=10**30), "entry without a whole number as 'id'", id="id of 30 digits"),
+        pytest.param(first("annotations", bbox=[10**400, 1, 2, 3]), "bbox with NaN or an infinite number", id="box"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_tensor_can_hold(change, kind, dataset):
+    dataset.edit(change)
+    assert kind in dataset.report()

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,8 @@ def test_the_package_runs_as_a_module():
     [
         pytest.param(["trian"], "unknown command 'trian'; did you mean 'train'?", id="verb"),
         pytest.param(["xyz"], "unknown command 'xyz'", id="verb like no other"),
+        pytest.param(["data", "chek", "d"], "unknown command 'chek'; did you mean 'check'?", id="verb of a group"),
+        pytest.param(["data"], "the following arguments are required: COMMAND", id="no verb of a group"),
         pytest.param([], "the following arguments are required: COMMAND", id="no verb"),
         pytest.param(["train", "--data", "d"], "the following arguments are required: --output", id="no output"),
         pytest.param(["train", "--resume", "r", "--output", "o"], "--output cannot go with --resume", id="resume elsewhere"),
@@ -128,6 +131,9 @@ class Launch:
 @pytest.fixture
 def launch(monkeypatch):
     from sam3_lora import finetune as real
+
+    for name, value in {"CI": "", "NO_COLOR": "", "TERM": "xterm"}.items():  # whatever runs the tests
+        monkeypatch.setenv(name, value)
 
     def stand_in(**options):
         fake = Launch(**options)
@@ -266,9 +272,9 @@ def test_progress_outside_a_terminal_is_a_line_per_validation(launch, capsys):
     launch(progress=[*quiet, progress(1, 4, {"bbox_AP50": 0.5, "segm_AP50": 0.25}, loss=0.123456)])
     main(TRAIN)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("epoch 1/2  step 1/4  loss 1  ")
+    assert first == "epoch 1/2  step 1/4  loss 1"  # nothing is known of the time yet
     assert second.startswith("epoch 1/2  step 4/4  loss 0.1235  bbox AP50 0.500  segm AP50 0.250  ")
-    assert second.endswith(" min left")
+    assert second.endswith(" s left")
 
 
 def test_what_is_in_force_is_said_once_before_the_first_step(launch, capsys):
@@ -297,6 +303,46 @@ def test_in_a_terminal_the_report_has_a_bar_below_that_of_the_training(launch, c
     training, report = [line for line in capsys.readouterr().err.splitlines() if "100%" in line][-2:]
     assert "epoch 2/2  step 4/4" in training
     assert "8/8 images with the base, for the report" in report
+
+
+@pytest.mark.parametrize("name", ["NO_COLOR", "CI"])
+def test_a_terminal_that_wants_plain_text_gets_lines(launch, capsys, monkeypatch, name):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv(name, "1")
+    launch(progress=[progress(2, 4)])
+    assert main(TRAIN) == 0
+    assert capsys.readouterr().err == "epoch 2/2  step 4/4  loss 1\n"
+
+
+def test_rate_and_memory_are_shown_in_a_log_and_below_the_bar_of_a_terminal(launch, capsys, monkeypatch):
+    state = replace(
+        progress(2, 4),
+        rates=[1e-4, 2e-4],
+        memory_of="GPU memory",
+        memory_bytes=3 * 10**9,
+        peak_bytes=5 * 10**9,
+    )
+    launch(progress=[state])
+    main(TRAIN)
+    details = "lr 0.0002  GPU memory 3.0 GB, peak 5.0"
+    assert capsys.readouterr().err == f"epoch 2/2  step 4/4  loss 1  {details}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main(TRAIN)
+    assert details in capsys.readouterr().err
+
+
+def test_a_warning_is_printed_once(launch, capsys):
+    launch(progress=[replace(progress(1, step), warnings=("slow loader",)) for step in (1, 2)])
+    main(TRAIN)
+    assert capsys.readouterr().err.splitlines().count("warning: slow loader") == 1
+
+
+def test_the_time_that_is_left_counts_from_where_a_run_went_on(launch, capsys, monkeypatch):
+    clock = iter([100.0, 160.0])
+    monkeypatch.setattr("sam3_lora.cli.progress.time.monotonic", lambda: next(clock))
+    launch(progress=[progress(2, 1), progress(2, 2)])  # an eighth of the run in a minute
+    main(TRAIN)
+    assert capsys.readouterr().err.splitlines()[-1] == "epoch 2/2  step 2/4  loss 1  2 min 00 s left"
 
 
 def test_progress_without_a_loss_leaves_it_out():

@@ -1,11 +1,10 @@
 """Reading a COCO folder: what counts as one, what is said when it is not one, and what the split knows."""
 
 import json
-import math
 
 import pytest
 
-from sam3_lora.data.coco import ANNOTATION_FILE, box_problem, read_coco, read_split, segmentation_problem
+from sam3_lora.data.coco import ANNOTATION_FILE, read_coco, read_split
 from sam3_lora.errors import DataError
 
 SIZE_HW = (40, 60)
@@ -113,56 +112,3 @@ def test_a_valid_file_with_a_mistake_in_the_middle_is_not_called_cut_off(tmp_pat
     with pytest.raises(DataError) as caught:
         read_coco(tmp_path / "x.json")
     assert CUT_OFF not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("box", "problem"),
-    [
-        pytest.param([0, 0, 60, 40], "", id="the whole image"),
-        pytest.param([-0.5, 0, 61.5, 41], "", id="rounded past the edge"),
-        pytest.param([0, 0, 10, 0], "has width 10 and height 0", id="flat box"),
-        pytest.param([30, 30, -5, 8], "has width -5 and height 8", id="corners swapped"),
-        pytest.param([50, 30, 58, 38], "leaves the image, which is 60 x 40", id="xyxy for xywh"),
-        pytest.param([-20, 0, 30, 10], "leaves the image, which is 60 x 40", id="left of the image"),
-        pytest.param([0, 0, math.nan, 4], "has a NaN or infinite number", id="NaN"),
-        pytest.param([0, 0, 10**400, 4], "has a NaN or infinite number", id="a number of 400 digits"),
-        pytest.param([0, 0, 5], "is not four numbers [x, y, width, height]", id="three numbers"),
-        pytest.param([0, 0, "5", 5], "is not four numbers [x, y, width, height]", id="text"),
-        pytest.param({"x": 0}, "is not four numbers [x, y, width, height]", id="dict"),
-    ],
-)
-def test_box_problem(box, problem):
-    assert box_problem(box, SIZE_HW) == problem
-
-
-TRIANGLE = [0, 0, 9, 0, 9, 9]
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "problem"),
-    [
-        pytest.param([TRIANGLE], "", id="polygon"),
-        pytest.param([TRIANGLE, [1.5, 1, 5, 1, 5, 5, 1, 5]], "", id="two polygons"),
-        pytest.param({"size": [40, 60], "counts": "abc"}, "", id="compressed run lengths"),
-        pytest.param({"size": [40, 60], "counts": [400, 2000]}, "", id="plain run lengths"),
-        pytest.param([], "is empty", id="no polygon"),
-        pytest.param([[]], "has a polygon of 0 numbers; three points need 6", id="empty polygon"),
-        pytest.param([TRIANGLE, [1, 2, 3, 4]], "has a polygon of 4 numbers; three points need 6", id="two points"),
-        pytest.param([TRIANGLE + [1]], "has a polygon of 7 numbers, which is odd", id="odd count"),
-        pytest.param([TRIANGLE[:5] + [math.inf]], "has a NaN or infinite number", id="infinite"),
-        pytest.param([TRIANGLE[:5] + [None]], "has a polygon with something else than numbers", id="null"),
-        pytest.param([[[0, 0], [9, 0], [9, 9]]], "has a polygon with something else than numbers", id="point pairs"),
-        pytest.param(TRIANGLE, "is not a list of polygons, each a list [x1, y1, x2, y2, ...]", id="bare polygon"),
-        pytest.param("mask.png", "is 'mask.png', neither polygons nor run lengths", id="file name"),
-        pytest.param(
-            {"size": [60, 40], "counts": "abc"},
-            "has run lengths of size [60, 40]; the image needs [40, 60] (height, width)",
-            id="size turned",
-        ),
-        pytest.param({"counts": "abc"}, "has run lengths of size None; the image needs [40, 60] (height, width)", id="no size"),
-        pytest.param({"size": [40, 60], "counts": [5, 5]}, "has run lengths that do not fill the image", id="too short"),
-        pytest.param({"size": [40, 60], "counts": None}, "has run lengths with counts None", id="no counts"),
-    ],
-)  # fmt: skip
-def test_segmentation_problem(segmentation, problem):
-    assert segmentation_problem(segmentation, SIZE_HW) == problem

@@ -5,6 +5,7 @@ that takes a Config and returns something that must differ. ``beside`` holds key
 """
 
 import os
+import random
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import submitit
 import torch
@@ -102,6 +104,14 @@ def of_trainer(name: str) -> Observable:
     return lambda config: getattr(config.trainer, name)
 
 
+def wandb(config: Config) -> Any:
+    """What the trainer takes of it, or the error where the package is not installed."""
+    try:
+        return config.trainer._wandb
+    except InstantiationException as error:
+        return str(error)
+
+
 def rates(config: Config) -> list[Any]:
     """What the optimizer does in the first, a middle and a late step: rate and decay of each group."""
     found = []
@@ -147,6 +157,30 @@ def queries(split: str) -> Observable:
 def seeded_pixels(config: Config) -> list[float]:
     dataset = config.trainer.train_dataset.dataset
     return [float(dataset[index].images[0].data.sum()) for index in range(3)]
+
+
+def asked(config: Config) -> list[list[str]]:
+    random.seed(0)
+    return [[query.query_text for query in item.find_queries] for item in config.items()]
+
+
+def prompted(config: Config) -> Any:
+    """The loader of the trainer, with the base's answers."""
+    return config.trainer.train_dataset.dataset.dataset.coco
+
+
+def absent(config: Config) -> list[Any]:
+    """What is asked of an image in which the base sees something a little."""
+    coco = prompted(config)
+    thing = next(item for item in coco.sampler.negatives() if item.category is None)
+    return coco.sampler.draw([], [], {thing: 0.2})
+
+
+def cached(config: Config) -> int:
+    """How many images the base was asked about, of those in the cache of the config."""
+    assert prompted(config)._presence is not None
+    cache = config.config.prompts.cache
+    return len(list(Path(cache).rglob("*.json"))) if cache else 0
 
 
 def loader(split: str, name: str) -> Observable:
@@ -251,6 +285,7 @@ def prepared(config: Config) -> bool:
     return config.trainer is not None and Path(config.config.paths.dataset_root, "../drawn").is_dir()
 
 
+VERIFIED = {"prompts.negatives": "verified"}
 SLURM = {"submitit.use_cluster": True}
 
 ROWS: dict[str, Row] = {
@@ -296,12 +331,23 @@ ROWS: dict[str, Row] = {
     "training.best_metric": Row("bbox_AP", of_trainer("best_metric")),
     "training.ema_decay": Row(0.9, averaged),
     "training.early_stopping_patience": Row(1, stops_early),
+    "training.csv": Row(True, lambda c: c.trainer._csv),
+    "training.wandb": Row("project", wandb),
     "training.max_objects": Row(0, queries("train")),
     "training.augment": Row("color", pixels("train")),
     "training.resize": Row("official", pixels("train")),
     "training.num_train_workers": Row(3, loader("train", "num_workers")),
     "training.num_val_workers": Row(3, loader("val", "num_workers")),
     "training.find_unused_parameters": Row(True, lambda c: c.trainer.model.find_unused_parameters),
+    "prompts.negatives": Row("none", asked),
+    "prompts.max_prompts_per_image": Row(7, asked, {"prompts.negatives": "list"}),
+    "prompts.names": Row({"purple cross": "plus sign"}, asked),
+    "prompts.synonyms": Row({"purple cross": ["plus sign", "addition mark"]}, asked),
+    "prompts.templates": Row(["a {}"], asked),
+    "prompts.phrases": Row("{tmp}/phrases.txt", asked, {"prompts.negatives": "list"}),
+    "prompts.candidates": Row(3, lambda c: int((~np.isnan(prompted(c)._presence)).sum()), VERIFIED),
+    "prompts.absent_below": Row(0.1, absent, VERIFIED),
+    "prompts.cache": Row("{tmp}/answers", cached, VERIFIED),
     "memory.eval_frozen": Row(False, anatomy),
     "memory.bf16_base": Row(True, anatomy, {"training.amp_enabled": True}),
     "memory.segmentation_chunk": Row(None, anatomy),
@@ -327,6 +373,8 @@ ROWS: dict[str, Row] = {
     "trainer.adapter_freq": Row(2, saved),
     "trainer.save_every_steps": Row(7, lambda c: c.trainer._save_every_steps),
     "trainer.save_checkpoints": Row(False, saved),
+    "trainer.csv": Row(True, lambda c: c.trainer._csv),
+    "trainer.wandb": Row("project", wandb),
     "trainer.prepare": Row(
         {"_target_": "sam3_lora.training.render_demo_dataset", "folder": "{tmp}/drawn"},
         prepared,
@@ -350,6 +398,7 @@ def tmp(tmp_path_factory):
     for name, seed, concepts in (("data", 0, DEMO_CONCEPTS), ("other", 5, DEMO_CONCEPTS[:2])):
         write_coco(folder / name / "train", concepts, 8, seed=seed)
         write_coco(folder / name / "valid", concepts, 3, seed=seed + 1)
+    (folder / "phrases.txt").write_text("purple elephant\nskyscraper\n")
     save_adapter(get_peft_sam3(load_base("tiny", device="cpu"), "minimal"), folder / "adapter")
     return folder
 

@@ -8,7 +8,17 @@ from sam3_lora.errors import as_report, did_you_mean
 
 
 @pytest.mark.parametrize(
-    "name", ["ConfigError", "TargetError", "AdapterError", "DataError", "CheckpointError", "OutputError"]
+    "name",
+    [
+        "ConfigError",
+        "TargetError",
+        "AdapterError",
+        "DataError",
+        "CheckpointError",
+        "OutputError",
+        "DivergenceError",
+        "MemoryShortage",
+    ],
 )
 def test_every_error_is_a_documented_sam3_lora_error(name):
     error = getattr(errors, name)

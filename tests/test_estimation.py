@@ -104,10 +104,10 @@ def test_levers_that_are_off_are_the_advice(monkeypatch):
 
 def test_a_dataset_gives_prompts_and_objects_of_the_typical_and_the_worst_image(dataset):
     found = estimate("minimal", data=dataset)
-    assert (found.prompts, found.objects) == (3, 2)
+    assert (found.prompts, found.objects) == (4, 2)
     # A prompt with more than 50 objects is left out of the step.
     assert found.worst_image == dataclasses.replace(
-        estimate("minimal", prompts=3, objects=9), advice=(), worst_image=None
+        estimate("minimal", prompts=4, objects=9), advice=(), worst_image=None
     )
     assert estimate("minimal", data=dataset, max_objects=100).worst_image.objects == 60
     assert estimate("minimal", data=dataset, objects=7).worst_image is None
@@ -190,7 +190,7 @@ def test_train_says_what_a_step_costs_before_it_starts(dataset, capsys):
     found = estimate("minimal", data=dataset)
     error = capsys.readouterr().err
     assert (
-        f"Estimated: {found.device_bytes / 1e9:.1f} GB of GPU memory (3 prompts, 2 objects an image)" in error
+        f"Estimated: {found.device_bytes / 1e9:.1f} GB of GPU memory (4 prompts, 2 objects an image)" in error
     )
     assert "(9)" in error
     assert main(["train", "--data", str(dataset), "--output", "x", "--base", "tiny"]) == 1
@@ -238,3 +238,11 @@ def test_a_formula_is_found_by_the_values_of_the_levers():
         "minimal", shipped_levers()
     )
     assert formula_of("minimal", {**shipped_levers(), "segmentation_chunk": True}) is None
+
+
+def test_an_image_is_asked_up_to_the_cap_whatever_the_number_of_classes(dataset):
+    found = [
+        estimate("minimal", data=dataset, asking=asking).prompts
+        for asking in (None, {"max_prompts_per_image": 7}, {"negatives": "classes"}, {"negatives": "none"})
+    ]
+    assert found == [4, 7, 3, 2]

@@ -59,6 +59,7 @@ def trained(dataset):
 def test_a_stopped_run_ends_with_the_bytes_and_averages_of_a_whole_one(trained, stopped, whole, code):
     run, reference = trained["runs"][stopped], trained["runs"][whole]
     assert run["code"] == code
+    assert run["curves"]  # those of the part that was stopped
     assert run["weights"] == reference["weights"]
     assert len(run["weights"]) == 3  # epoch_1, epoch_2, last
     assert run["stats"] == reference["stats"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sam3_lora.report.history import read_history
+from sam3_lora.training.history import read_history
 from sam3_lora.training.launch import _result
 from sam3_lora.training.progress import PROGRESS_FILE, ProgressReader, append_event
 
@@ -69,6 +69,17 @@ def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(logs):
     (logs / PROGRESS_FILE).write_text(text + "\n")
     reader.read()
     assert reader.start == START
+
+
+def test_the_questions_to_the_base_are_shown_and_are_no_metrics(tmp_path, capsys):
+    seen = []
+    reader = ProgressReader(tmp_path, seen.append)
+    append_event(tmp_path, "verifying", done=20, images=60)
+    append_event(tmp_path, "start", epochs=1)
+    append_event(tmp_path, "step", epoch=1, step=1, steps=2, loss=0.5)
+    reader.read()
+    assert "20/60 images: asking the base" in capsys.readouterr().err
+    assert [progress.metrics for progress in seen] == [{}]
 
 
 def test_a_run_that_stopped_early_without_a_best_adapter_gives_the_last_one(logs):

@@ -11,6 +11,7 @@ import pytest
 from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.data.check import check_dataset
 from sam3_lora.data.coco import ANNOTATION_FILE
+from sam3_lora.data.phrases import negative_phrases
 from sam3_lora.data.shapes import (
     DEMO_CONCEPTS,
     PLAIN,
@@ -53,6 +54,11 @@ def test_the_words_for_the_false_fire_check_are_not_seen_in_pretraining(pretrain
     assert len(held_out) == 200
     assert not held_out & set(pretrain_tiny.negative_words())
     assert not held_out & words_of(PRETRAINING_CONCEPTS)
+
+
+def test_the_words_for_the_false_fire_check_are_not_asked_in_training_either(pretrain_tiny):
+    asked = {word for phrase in negative_phrases() for word in phrase.split()}
+    assert not asked & set(pretrain_tiny.held_out_words())
 
 
 def test_pretraining_draws_only_its_own_concepts_and_words(pretrain_tiny):

@@ -56,10 +56,10 @@ def test_where_nothing_fits_it_says_so_and_what_helps(dataset):
     found = suggest(dataset(300, categories=40), gpu_memory=3)
     assert (found.fits, found.max_prompts) == (False, 0)
     assert "do NOT fit" in found.reasons[1]
-    assert "fewer categories" in found.reasons[-1]
+    assert "fewer prompts" in found.reasons[-1]
 
 
-def test_the_room_for_categories_is_the_most_that_fits(dataset):
+def test_the_room_for_prompts_is_the_most_that_fits(dataset):
     found = suggest(dataset(300), gpu_memory=12)
     objects = (found.estimate.worst_image or found.estimate).objects
 

@@ -1,6 +1,9 @@
 """Training through the unmodified official script: from Python, by the name of a config, and by a path."""
 
+import csv
+import io
 import json
+import math
 import os
 import stat
 import subprocess
@@ -13,6 +16,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from official_step import register_resolvers
 from peft import PeftModel
+from PIL import Image, ImageChops
 from tiny_forward import forward
 
 from sam3_lora.adapter import adapted_modules, load_adapter
@@ -45,7 +49,9 @@ def run(dataset, tmp_path_factory):
     """One short run by ``train``: its result, and the progress that it reported."""
     seen = []
     output = tmp_path_factory.mktemp("runs") / "short"
-    settings = TrainSettings(data=dataset, output=output, base="tiny", max_epochs=2, batch_size=4)
+    settings = TrainSettings(
+        data=dataset, output=output, base="tiny", max_epochs=2, batch_size=4, config={"training.csv": True}
+    )
     return train(settings, on_progress=seen.append), seen
 
 
@@ -101,11 +107,17 @@ def test_the_log_says_what_is_in_force(run):
     for line in (
         "Adapter: 68 modules, 133,120 of 5,038,310 parameters (2.642%)",
         "Precision: float32 on cpu",
-        "an image",
+        ", 4 prompts an image",
+        "Verified negatives: 12 of 12 images",
         "Learning rate: ",
     ):
         assert line in log
     assert (run[0].trainable_parameters, run[0].total_parameters) == (133_120, 5_038_310)
+
+
+def test_validation_predicts_nothing_without_a_category(run):
+    for file in (run[0].output / "dumps").rglob("coco_predictions_*.json"):
+        assert {result["category_id"] for result in json.loads(file.read_text())} == {1, 2, 3}
 
 
 def test_progress_counts_epochs_and_steps_and_ends_with_metrics(run):
@@ -115,6 +127,71 @@ def test_progress_counts_epochs_and_steps_and_ends_with_metrics(run):
     assert {(p.epochs, p.steps) for p in seen} == {(2, 3)}
     assert all(p.loss > 0 for p in seen)
     assert set(seen[-1].metrics) == set(METRICS)
+
+
+def test_progress_tells_the_rate_of_each_step_its_memory_and_the_terms_of_its_loss(run):
+    steps = {(p.epoch - 1) * p.steps + p.step - 1: p for p in run[1]}
+    first, last = 3e-3, 1.5e-5  # of the tiny schedule
+    cosine = {k: last + (first - last) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)}
+    assert {k: p.rates[0] for k, p in steps.items()} == pytest.approx(cosine)
+    assert {p.memory_of for p in steps.values()} == {"process memory"}
+    assert all(1e8 < p.memory_bytes <= p.peak_bytes < 1e10 for p in steps.values())
+    assert {"loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"} <= set(
+        steps[0].terms
+    )
+    assert not [name for name in steps[0].terms if "aux" in name or "o2m" in name]
+
+
+@pytest.fixture(scope="module")
+def board(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run[0].output / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    return events.Reload()
+
+
+def test_tensorboard_has_every_step_and_every_validation(run, board):
+    losses = {event.step: float(tensor_of(event)) for event in board.Tensors("Train/loss")}
+    assert losses == pytest.approx({p.step + 3 * (p.epoch - 1): p.loss for p in run[1]})
+    for name in ("Train/loss_mask", "LearningRate/group 1", "Memory/process memory in use (GB)"):
+        assert [event.step for event in board.Tensors(name)] == [1, 2, 3, 4, 5, 6]
+    last = board.Tensors("Validation/segm_AP50")[-1]
+    assert (last.step, float(tensor_of(last))) == (6, pytest.approx(run[1][-1].metrics["segm_AP50"]))
+
+
+def tensor_of(event):
+    from tensorboard.util.tensor_util import make_ndarray
+
+    return make_ndarray(event.tensor_proto)
+
+
+def test_tensorboard_shows_the_same_validation_images_after_each_epoch(board):
+    pictures = board.Images("Validation/predictions")
+    assert [event.step for event in pictures] == [3, 6]
+    first, second = (Image.open(io.BytesIO(event.encoded_image_string)) for event in pictures)
+    assert first.size == second.size
+    assert first.height > 4 * 320  # four rows
+    left = (0, 100, first.width // 2, first.height)  # image and ground truth, below the headings
+    assert ImageChops.difference(first.crop(left), second.crop(left)).getbbox() is None
+
+
+def test_the_tables_have_a_row_for_each_step_and_each_validation(run):
+    logs = run[0].output / "logs"
+    steps = list(csv.DictReader((logs / "steps.csv").open()))
+    assert [(row["epoch"], row["step"]) for row in steps] == [(e, s) for e in "12" for s in "123"]
+    last = run[1][-1]
+    assert float(steps[-1]["loss"]) == last.loss
+    assert float(steps[-1]["loss_giou"]) == last.terms["loss_giou"]
+    assert float(steps[-1]["lr"]) == last.rates[0]
+    assert 0 <= float(steps[-1]["waited"]) <= float(steps[-1]["seconds"])
+    validations = list(csv.DictReader((logs / "validations.csv").open()))
+    assert [row["epoch"] for row in validations] == ["1", "2"]
+    assert float(validations[-1]["bbox_AP"]) == last.metrics["bbox_AP"]
+
+
+def test_the_run_ends_with_a_picture_of_its_curves(run):
+    with Image.open(run[0].output / "curves.png") as picture:
+        assert picture.size == (900, 3 * 300)  # loss, metrics, learning rate
 
 
 def test_the_checkpoint_holds_adapters_and_optimizer_but_not_the_base(run):
@@ -188,13 +265,6 @@ def test_every_config_composes_and_names_its_preset(composed, name, monkeypatch)
     assert config.trainer._target_ == "sam3_lora.training.LoraTrainer"
     assert config.trainer.model._target_ == "sam3_lora.build_sam3_lora_model"
     assert config.trainer.model.preset == ("balanced" if name == "demo" else name)
-
-
-def test_a_config_without_a_dataset_says_what_is_missing(tmp_path):
-    result = official_script("-c", "sam3_lora/balanced", cwd=tmp_path)
-    assert result.returncode != 0
-    assert "Environment variable 'DATASET_ROOT' not found" in result.stderr
-    assert "full_key: paths.dataset_root" in result.stderr
 
 
 def test_box_and_mask_losses_are_on(composed):

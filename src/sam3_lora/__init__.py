@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from sam3_lora.attention import split_attention as split_attention
     from sam3_lora.base.loading import load_base as load_base
     from sam3_lora.data.check import check_dataset as check_dataset
+    from sam3_lora.data.check import examine_dataset as examine_dataset
+    from sam3_lora.data.convert import convert_dataset as convert_dataset
+    from sam3_lora.data.repair import repair_dataset as repair_dataset
     from sam3_lora.demo import run_demo as run_demo
     from sam3_lora.errors import Sam3LoraError as Sam3LoraError
     from sam3_lora.estimation.advice import Advice as Advice
@@ -85,6 +88,7 @@ _MODULES = {
     "build_sam3_lora_model": "training.builder",
     "check_dataset": "data.check",
     "combine_adapters": "adapter",
+    "convert_dataset": "data.convert",
     "count_parameters": "adapter",
     "dataset_losses": "training.starts",
     "delete_adapter": "adapter",
@@ -92,6 +96,7 @@ _MODULES = {
     "doctor": "installation",
     "estimate": "estimation.estimate",
     "evaluate": "evaluation.compare",
+    "examine_dataset": "data.check",
     "fuse_attention": "attention",
     "get_peft_sam3": "adapter",
     "get_preset": "presets",
@@ -101,6 +106,7 @@ _MODULES = {
     "load_base": "base.loading",
     "plan_adapter": "adapter_plan",
     "prepare_hotswap": "adapter",
+    "repair_dataset": "data.repair",
     "resume": "finetune",
     "run_demo": "demo",
     "save_adapter": "adapter",

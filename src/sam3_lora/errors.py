@@ -34,6 +34,14 @@ class OutputError(Sam3LoraError):
     """An output folder that cannot be written without loss of something that is there."""
 
 
+class DivergenceError(Sam3LoraError):
+    """A training whose loss or adapter is not finite any more."""
+
+
+class MemoryShortage(Sam3LoraError):
+    """A training step that needs more memory than there is."""
+
+
 class RunStopped(Sam3LoraError):
     """A run that ended early because somebody asked for it; what was done is saved.
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam3_lora.errors import OutputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: In every folder that a command made; only what holds it is ever deleted.
 MARKER_FILE = ".sam3-lora-run.json"
@@ -52,10 +55,15 @@ def claim_output(folder: Path, made_by: str, overwrite: bool = False) -> None:
     check_output(folder, made_by, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(folder / MARKER_FILE, {"command": made_by, "version": version("sam3-lora")})
+        mark_made(folder, made_by)
         _delete_contents(folder, keep=MARKER_FILE)
     except OSError as error:
         raise _not_writable(folder, error) from error
+
+
+def mark_made(folder: Path, made_by: str) -> None:
+    """Mark a folder as made by a command, so that the command may replace it."""
+    write_json_atomic(folder / MARKER_FILE, {"command": made_by, "version": version("sam3-lora")})
 
 
 def mark_finished(folder: Path) -> None:
@@ -71,6 +79,12 @@ def is_finished(folder: Path) -> bool:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file, mode 0644, so that a reader or a crash sees the old file or the new one, never a part."""
     _write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_image_atomic(path: Path, image: Image.Image) -> None:
+    """Write a picture in the format that its name says, as :func:`write_text_atomic` writes text."""
+    file_format = path.suffix.removeprefix(".")
+    _write_atomic(path, lambda temporary: image.save(temporary, format=file_format))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ RENAMED_FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "apply_lora_to_sam3": "it is get_peft_sam3(model, preset, r=..., lora_alpha=..., components=[...]) here",
         "load_lora_weights": "it is load_adapter(model, folder) here; a .pth of LoRA weights cannot be loaded",
         "save_lora_weights": "it is save_adapter(model, folder) here",
+        "yolo_seg_to_coco": "it is convert_dataset(folder, my_dataset) here; class names come from data.yaml or classes.txt",
         "Sam3ImageInference": "it is Predictor(model).predict(image, prompts) here",
     }
 )

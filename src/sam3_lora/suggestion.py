@@ -37,7 +37,7 @@ class Suggestion:
         batch_size: Images in a forward pass.
         gradient_accumulation_steps: Forward passes an optimizer step.
         max_epochs: Passes over the training images.
-        max_prompts: Categories that would fit with these settings; the dataset must not have more.
+        max_prompts: Prompts of an image that would fit with these settings; no image should show more classes.
         memory: Keys of the config's ``memory`` block that are not as shipped.
         fits: Whether the step of the worst image fits the GPU, with a tenth of it spare.
         estimate: Of a step with these settings.

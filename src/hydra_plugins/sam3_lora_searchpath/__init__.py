@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -18,6 +19,9 @@ class Sam3LoraSearchPath(SearchPathPlugin):
         primary = next((entry.path for entry in search_path.get_path() if entry.provider == "main"), None)
         if primary != "pkg://sam3.train":
             return
+        from sam3_lora.training.config_errors import explain_config_errors  # in no other program of Hydra's
+
+        explain_config_errors(sys.argv)
         search_path.append(provider="sam3-lora", path="pkg://sam3_lora.configs")
         search_path.append(provider="sam3-lora-cwd", path=f"file://{Path.cwd()}")
         # Hydra strips the leading slash of -c /abs/run.yaml and looks for the rest here.

@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sam3_lora.cli import (
     components,
+    data,
     demo,
     doctor,
     estimate,
@@ -37,6 +38,7 @@ _VERBS = {
     "plan": plan,
     "estimate": estimate,
     "suggest": suggest,
+    "data": data,
     "verify": verify,
     "doctor": doctor,
 }
@@ -81,9 +83,13 @@ def build_parser() -> Parser:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
-    verb = next((word for word in argv if not word.startswith("-")), None)
-    if verb is not None and verb not in _VERBS:
-        parser.error(f"unknown command {verb!r}{did_you_mean(verb, _VERBS)}")
+    words = [word for word in argv if not word.startswith("-")]
+    known: Mapping[str, Any] = _VERBS
+    for word in words:
+        if word not in known:
+            parser.error(f"unknown command {word!r}{did_you_mean(word, known)}")
+        if not (known := getattr(known[word], "VERBS", {})):
+            break
     arguments, unknown = parser.parse_known_args(argv)
     options = [word for word in unknown if word.startswith("-")]
     if options or (unknown and not hasattr(arguments, "overrides")):

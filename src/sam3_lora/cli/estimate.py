@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def add_options(parser: arguments.Parser) -> None:
         "--prompts",
         type=arguments.count,
         metavar="N",
-        help="prompts asked of an image: the categories of a dataset (default: those of --data, else 1)",
+        help="prompts asked of an image (default: the most of any in --data, else 1)",
     )
     add(
         "--objects",
@@ -47,7 +48,7 @@ def add_options(parser: arguments.Parser) -> None:
     add("--batch", type=arguments.count, default=1, metavar="N", help="images in a forward pass (default: 1)")
     add("--gpu-memory", type=arguments.gigabytes, metavar="GB", help="say whether it fits into so much")
     parser.add_settings(
-        "a key of the config's memory block that is not as shipped, such as memory.mask_points=12544"
+        "a key of the config's memory or prompts block that is not as shipped, such as memory.mask_points=12544"
     )
     add("--json", action="store_true", help="print the estimate as JSON")
     parser.set_defaults(run=_estimate)
@@ -57,10 +58,10 @@ def _estimate(args: argparse.Namespace) -> None:
     from sam3_lora.cli import tables
     from sam3_lora.estimation.estimate import estimate
 
-    strangers = [key for key, _ in args.set if not key.startswith("memory.")]
+    strangers = [key for key, _ in args.set if not key.startswith(("memory.", "prompts."))]
     if strangers:
         args.parser.error(
-            f"--set takes keys of the memory block here, such as memory.mask_points, got {', '.join(strangers)}; only "
+            f"--set takes keys of the blocks memory and prompts here, such as memory.mask_points, got {', '.join(strangers)}; only "
             "presets as they are shipped were counted"
         )
     found = estimate(
@@ -70,12 +71,17 @@ def _estimate(args: argparse.Namespace) -> None:
         batch=args.batch,
         data=args.data,
         gpu_memory=args.gpu_memory,
-        memory={key.removeprefix("memory."): value for key, value in args.set},
+        memory=_block("memory.", args.set),
+        asking=_block("prompts.", args.set),
     )
     if args.json:
         tables.print_json(found.as_dict())
         return
     tables.print_facts(_facts(found))
+
+
+def _block(prefix: str, settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in settings if key.startswith(prefix)}
 
 
 def _facts(found: Estimate) -> dict[str, str]:

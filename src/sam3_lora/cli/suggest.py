@@ -40,7 +40,7 @@ def _suggest(args: argparse.Namespace) -> None:
     if args.json:
         tables.print_json(found.as_dict())
         return
-    facts = {"Because": "\n".join(found.reasons), "Room": f"for {found.max_prompts} categories in all"}
+    facts = {"Because": "\n".join(found.reasons), "Room": f"for {found.max_prompts} prompts an image"}
     if args.output is not None:
         facts["Run file"] = (
             f"python -m sam3.train.train -c {args.output.resolve()} --use-cluster 0 --num-gpus 1"

@@ -145,7 +145,10 @@ def _announce_costs(settings: TrainSettings) -> None:
 
     if settings.base == "tiny":
         return
-    memory = {k.removeprefix("memory."): v for k, v in settings.config.items() if k.startswith("memory.")}
+    memory, asking = (
+        {key.removeprefix(block): value for key, value in settings.config.items() if key.startswith(block)}
+        for block in ("memory.", "prompts.")
+    )
     try:
         if settings.config.get("training.enable_segmentation") is False:
             raise ConfigError("steps were counted with masks only; boxes alone need less")
@@ -157,6 +160,7 @@ def _announce_costs(settings: TrainSettings) -> None:
             batch=settings.batch_size or _whole(settings.config.get("training.batch_size"), 1),
             memory=memory,
             max_objects=_whole(settings.config.get("training.max_objects"), MAX_OBJECTS),
+            asking=asking,
         )
     except DataError:
         return

@@ -2,83 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from sam3_lora.data.coco import ANNOTATION_FILE, Split, box_problem, read_split, segmentation_problem
-from sam3_lora.data.image_files import read_size_hw
-from sam3_lora.data.problems import Findings, Kind, describe
+from sam3_lora.data import kinds
+from sam3_lora.data.coco import ANNOTATION_FILE, find_annotation_file
+from sam3_lora.data.contents import SplitContents
+from sam3_lora.data.image_check import check_images
+from sam3_lora.data.problems import Findings, Problem, describe
+from sam3_lora.data.split_check import Needs, check_annotation_file
 from sam3_lora.errors import DataError, did_you_mean
 
-Entry = Mapping[str, object]
+_LOG = logging.getLogger(__name__)
 
-LAYOUT = f"a dataset is a folder with train/ and valid/, each with its images and {ANNOTATION_FILE!r}"
-SPLIT = Kind("missing split", LAYOUT)
-ANNOTATIONS = Kind(
-    "unusable annotation file", "export the dataset again as 'COCO Segmentation', or copy the file again"
-)
-NO_IMAGES = Kind("split without images", "list the images in 'images'; a split needs at least one")
-NO_OBJECTS = Kind(
-    "split without annotations", "annotate some images: without objects nothing is learned or measured"
-)
-NO_CATEGORIES = Kind("split without categories", 'add {"id": 1, "name": "..."} for each kind of object')
-FIELD = {
-    "id": Kind(
-        "entry without a whole number as 'id'", "number the images, annotations and categories from 1"
-    ),
-    "file_name": Kind(
-        "image without 'file_name'", "name the file, relative to the folder of the annotation file"
-    ),
-    "size": Kind("image without 'width' and 'height'", "add both as whole numbers of pixels"),
-    "iscrowd": Kind(
-        "annotation without 'iscrowd'",
-        'add "iscrowd": 0 to each annotation, or 1 where a mask covers a crowd; the official loader reads it always',
-    ),
-    "bbox": Kind(
-        "annotation without 'bbox'", 'add "bbox": [x, y, width, height] in pixels, from the top left corner'
-    ),
-    "segmentation": Kind(
-        "annotation without 'segmentation'",
-        "add polygons or RLE, or export as 'COCO Segmentation'; to train on boxes alone set "
-        "training.enable_segmentation=false",
-    ),
-    "area": Kind(
-        "annotation without 'area'", "add the number of pixels of the mask: the evaluation sorts by it"
-    ),
-}
-DUPLICATE_ID = Kind("id used twice", "give each its own: the loader keeps one of them only")
-UNKNOWN_IMAGE = Kind(
-    "annotation of an unknown image", "correct its 'image_id', add the image or delete the annotation"
-)
-UNKNOWN_CATEGORY = Kind(
-    "annotation of an unknown category",
-    "correct its 'category_id', add the category or delete the annotation",
-)
-NAME = Kind(
-    "category without a name", "name it: the name is the prompt that SAM3 is asked, such as 'red car'"
-)
-DUPLICATE_NAME = Kind(
-    "category name used twice",
-    "merge the two, or delete the unused one: the name is the prompt, and one prompt cannot mean both",
-)
-MISSING_IMAGE = Kind(
-    "missing image file", "copy it there, or delete the image and its annotations from the file"
-)
-BROKEN_IMAGE = Kind(
-    "unreadable image file", "replace it, or delete the image and its annotations from the file"
-)
-IMAGE_SIZE = Kind(
-    "image of another size than its file",
-    "write the size of the file; if the image was resized or turned after labelling, its labels must be too",
-)
-BOX = Kind(
-    "bad bbox", "boxes are [x, y, width, height] in pixels of the image, not x2, y2 and not shares of 1"
-)
-SEGMENTATION = Kind(
-    "bad segmentation",
-    "it is polygons [[x1, y1, x2, y2, x3, y3, ...], ...] in pixels, or RLE of the image's size",
-)
+#: How far image files are looked at: not at all, that they are whole, or every pixel, which takes longer.
+Images = Literal["none", "files", "pixels"]
+
+#: Called with what is counted, how many are done, and of how many.
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,10 +44,46 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a dataset that passed the check holds, by split name."""
+    """What a dataset that passed the check holds, by split name, and what was found that does not stop a training."""
 
     folder: Path
     splits: Mapping[str, SplitSummary]
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """All that was found in a dataset: one problem of each kind, errors before warnings."""
+
+    folder: Path
+    problems: tuple[Problem, ...]
+    summary: DatasetSummary | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no errors."""
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.level == "error")
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.level == "warning")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {"problems": [asdict(problem) for problem in self.problems], "ok": self.ok}
+
+    def verdict(self) -> str:
+        """Return the result in one line."""
+        counts = [sum(problem.count for problem in problems) for problems in (self.errors, self.warnings)]
+        found = ", ".join(
+            f"{count} {noun}{'' if count == 1 else 's'}"
+            for count, noun in zip(counts, ("error", "warning"), strict=True)
+        )
+        return f"{self.folder} can{'' if self.ok else 'not'} be used: {found}"
 
 
 def check_dataset(
@@ -123,11 +104,9 @@ def check_dataset(
         masks: Whether each annotation needs a ``segmentation``; ``None`` asks it of the splits where any has one.
 
     Raises:
-        DataError: With all problems at once: how many of each kind, the first places, and what to do.
+        DataError: With all errors at once: how many of each kind, the first places, and what to do.
     """
-    folder = Path(folder)
-    found = Findings()
-    return _checked(folder, _read_splits(folder, splits, found), train_split, masks, found)
+    return _summary_of(examine_dataset(folder, splits, train_split=train_split, masks=masks))
 
 
 def check_splits(
@@ -139,161 +118,127 @@ def check_splits(
         files: Name of a split -> folder of its images, and its annotation file.
         train_split: As there, and ``masks`` too.
     """
-    found = Findings()
-    read = {}
-    for name, (folder, annotation_file) in files.items():
+    folder = Path(next(iter(files.values()))[0])
+    return _summary_of(_examine(folder, files, Findings(), train_split=train_split, masks=masks))
+
+
+def examine_dataset(
+    folder: str | Path,
+    splits: Sequence[str] = ("train", "valid"),
+    *,
+    train_split: str | None = "train",
+    masks: bool | None = True,
+    images: Images = "files",
+    processes: int = 1,
+    on_progress: OnProgress | None = None,
+) -> DatasetReport:
+    """Return all that is wrong with a dataset, and raise only where there is no dataset to look at.
+
+    Args:
+        folder: As for :func:`check_dataset`, with ``splits``, ``train_split`` and ``masks``.
+        images: How far image files are looked at; only with ``"pixels"`` the same picture in two splits is found.
+        processes: Look at images in so many; with more than one, the main module must be safe to import.
+        on_progress: Called with what is counted, how many are done, and of how many: MB of a file, then images.
+
+    Raises:
+        DataError: If the folder does not exist, or is a file or a single split.
+    """
+    folder, found = Path(folder), Findings()
+    files = {
+        name: (folder / name, folder / name / ANNOTATION_FILE) for name in _present(folder, splits, found)
+    }
+    return _examine(
+        folder,
+        files,
+        found,
+        train_split=train_split,
+        masks=masks,
+        images=images,
+        processes=processes,
+        on_progress=on_progress,
+    )
+
+
+def log_warnings(summary: DatasetSummary) -> None:
+    """Log what was found in a dataset that does not stop a training, a line for each kind."""
+    if summary.warnings:
+        lines = [f"  {problem.kind} ({problem.count}): {problem.examples[0]}" for problem in summary.warnings]
+        more = f"More: sam3-lora data check {shlex.quote(str(summary.folder))}"
+        _LOG.warning("\n".join([f"Warnings about {summary.folder}:", *lines, more]))
+
+
+def _examine(
+    folder: Path,
+    files: Mapping[str, tuple[Path, Path]],
+    found: Findings,
+    *,
+    train_split: str | None,
+    masks: bool | None,
+    images: Images = "files",
+    processes: int = 1,
+    on_progress: OnProgress | None = None,
+) -> DatasetReport:
+    show = on_progress or (lambda what, done, total: None)
+    read: dict[str, SplitContents] = {}
+    for name, (images_folder, annotation_file) in files.items():
         try:
-            read[name] = read_split(folder, annotation_file)
+            path = find_annotation_file(images_folder, annotation_file)
+            needs = Needs(masks, measured=name != train_split)
+            read[name] = check_annotation_file(images_folder, path, needs, found, show)
         except DataError as error:
-            found.add(ANNOTATIONS, str(error))
-    return _checked(Path(next(iter(files.values()))[0]), read, train_split, masks, found)
+            found.add(kinds.ANNOTATIONS, str(error))
+    _compare_categories(read, found)
+    if images != "none":
+        check_images(
+            read,
+            found,
+            pixels=images == "pixels",
+            processes=processes,
+            on_progress=lambda done, total: show("images", done, total),
+        )
+    problems = tuple(sorted(found.problems(), key=lambda problem: problem.level))  # "error" < "warning"
+    if any(problem.level == "error" for problem in problems):
+        return DatasetReport(folder, problems, None)
+    summary = DatasetSummary(folder, {name: _summary(split) for name, split in read.items()}, problems)
+    return DatasetReport(folder, problems, summary)
 
 
-def _checked(
-    folder: Path, read: Mapping[str, Split], train_split: str | None, masks: bool | None, found: Findings
-) -> DatasetSummary:
-    for name, split in read.items():
-        # The trainer works out areas itself; the evaluation reads them from the file.
-        fields = ["bbox"] + ["segmentation"] * (split.has_masks if masks is None else masks)
-        _check_split(split, fields + ["area"] * (name != train_split), found)
-    if problems := found.problems():
-        raise DataError(describe(f"{folder} cannot be used", problems))
-    return DatasetSummary(folder, {name: _summary(split) for name, split in read.items()})
+def _summary_of(report: DatasetReport) -> DatasetSummary:
+    if report.summary is None:
+        raise DataError(describe(f"{report.folder} cannot be used", report.errors))
+    return report.summary
 
 
-def _summary(split: Split) -> SplitSummary:
+def _summary(split: SplitContents) -> SplitSummary:
     return SplitSummary(len(split.images), split.objects_per_prompt)
 
 
-def _read_splits(folder: Path, names: Sequence[str], found: Findings) -> dict[str, Split]:
+def _present(folder: Path, names: Sequence[str], found: Findings) -> list[str]:
+    """Return the splits that have a folder, and add those that have none."""
     if not folder.is_dir():
-        raise DataError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {LAYOUT}")
+        raise DataError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {kinds.LAYOUT}")
     if (folder / ANNOTATION_FILE).is_file() and not any((folder / name).is_dir() for name in names):
-        raise DataError(f"{folder} is a single split; give the folder above it: {LAYOUT}")
-    splits = {}
+        raise DataError(f"{folder} is a single split; give the folder above it: {kinds.LAYOUT}")
+    present = []
     for name in names:
-        if not (folder / name).is_dir():
-            others = sorted(
-                entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in names
-            )
-            hint = did_you_mean(name, others)
-            found.add(SPLIT, f"no folder {name!r} in {folder}{hint and hint + ' Then rename it'}")
+        if (folder / name).is_dir():
+            present.append(name)
             continue
-        try:
-            splits[name] = read_split(folder / name)
-        except DataError as error:
-            found.add(ANNOTATIONS, str(error))
-    return splits
-
-
-def _check_split(split: Split, fields: Sequence[str], found: Findings) -> None:
-    where = str(split.annotation_file)
-    for entries, kind in (
-        (split.images, NO_IMAGES),
-        (split.annotations, NO_OBJECTS),
-        (split.categories, NO_CATEGORIES),
-    ):
-        if not entries:
-            found.add(kind, where)
-    categories = _by_id(split.categories, "category", where, found)
-    images = _by_id(split.images, "image", where, found)
-    _by_id(split.annotations, "annotation", where, found)
-    _check_names(split.categories, where, found)
-    for image in split.images:
-        _check_image(image, split.folder, where, found)
-    for annotation in split.annotations:
-        _check_annotation(annotation, images, categories, fields, where, found)
-
-
-def _by_id(entries: Sequence[Entry], noun: str, where: str, found: Findings) -> dict[object, Entry]:
-    by_id: dict[object, Entry] = {}
-    for position, entry in enumerate(entries):
-        key = entry.get("id")
-        if type(key) is not int:
-            found.add(FIELD["id"], f"{where}: {noun} at position {position} has id {key!r}")
-        elif key in by_id:
-            found.add(DUPLICATE_ID, f"{where}: {noun} {key}")
-        else:
-            by_id[key] = entry
-    return by_id
-
-
-def _check_names(categories: Sequence[Entry], where: str, found: Findings) -> None:
-    seen: dict[str, object] = {}
-    for category in categories:
-        name, key = category.get("name"), category.get("id")
-        if not isinstance(name, str) or not name.strip():
-            found.add(NAME, f"{where}: category {key!r} has the name {name!r}")
-            continue
-        prompt = " ".join(name.lower().split())  # all that SAM3's tokenizer sees of it
-        if prompt in seen:
-            found.add(DUPLICATE_NAME, f"{where}: categories {seen[prompt]!r} and {key!r} are both {prompt!r}")
-        seen.setdefault(prompt, key)
-
-
-def _check_image(image: Entry, folder: Path, where: str, found: Findings) -> None:
-    file_name = image.get("file_name")
-    size_hw = _size_hw(image)
-    if size_hw is None:
-        found.add(FIELD["size"], f"{where}: image {image.get('id')!r} ({file_name!r})")
-    if not isinstance(file_name, str) or not file_name:
-        found.add(FIELD["file_name"], f"{where}: image {image.get('id')!r}")
-        return
-    path = folder / file_name
-    if not path.is_file():
-        here = folder / Path(file_name).name
-        hint = f"; there is {here.name!r}, and 'file_name' is relative to {folder}" if here.is_file() else ""
-        found.add(MISSING_IMAGE, f"{path} (image {image.get('id')!r} of {where}){hint}")
-        return
-    try:
-        stored_hw = read_size_hw(path)
-    except DataError as error:
-        found.add(BROKEN_IMAGE, str(error))
-        return
-    if size_hw not in (None, stored_hw):
-        sizes = [f"{width} x {height}" for height, width in (size_hw, stored_hw)]
-        found.add(
-            IMAGE_SIZE, f"{where}: image {image.get('id')!r} is {sizes[0]}, its file {path} is {sizes[1]}"
+        others = sorted(
+            entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in names
         )
+        hint = did_you_mean(name, others)
+        found.add(kinds.SPLIT, f"no folder {name!r} in {folder}{hint and hint + ' Then rename it'}")
+    return present
 
 
-def _size_hw(image: Entry) -> tuple[int, int] | None:
-    height, width = image.get("height"), image.get("width")
-    if type(height) is int and type(width) is int and min(height, width) > 0:
-        return height, width
-    return None
-
-
-def _check_annotation(
-    annotation: Entry,
-    images: Mapping[object, Entry],
-    categories: Mapping[object, Entry],
-    fields: Sequence[str],
-    where: str,
-    found: Findings,
-) -> None:
-    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-    image = images.get(image_id) if type(image_id) is int else None
-    place = f"{where}: annotation {annotation.get('id')!r}" + (
-        f" of {image.get('file_name')!r}" if image else ""
-    )
-    if image is None:
-        found.add(UNKNOWN_IMAGE, f"{place} has image_id {image_id!r}")
-    if type(category_id) is not int or category_id not in categories:
-        found.add(UNKNOWN_CATEGORY, f"{place} has category_id {category_id!r}")
-    if annotation.get("iscrowd") not in (0, 1):
-        value = annotation.get("iscrowd")
-        found.add(
-            FIELD["iscrowd"], place if value is None else f"{place} has {value!r}, which is neither 0 nor 1"
-        )
-    for field in fields:
-        if annotation.get(field) is None:
-            found.add(FIELD[field], place)
-    size_hw = _size_hw(image) if image else None
-    if size_hw is None:
-        return
-    box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
-    if box is not None and (problem := box_problem(box, size_hw)):
-        found.add(BOX, f"{place}: bbox {str(box)[:60]} {problem}")
-    if segmentation is not None and (problem := segmentation_problem(segmentation, size_hw)):
-        found.add(SEGMENTATION, f"{place}: segmentation {problem}")
+def _compare_categories(splits: Mapping[str, SplitContents], found: Findings) -> None:
+    """Add the categories that some split lacks: known by name, as the id may be another one."""
+    names = {
+        name: {" ".join(c.lower().split()): c for c in split.categories.values() if c.strip()}
+        for name, split in splits.items()
+    }
+    for name, known in names.items():
+        for other, others in names.items():
+            for prompt in known.keys() - others.keys():
+                found.add(kinds.OTHER_CATEGORIES, f"{known[prompt]!r} of {name} is not in {other}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,6 @@ from pycocotools import mask as coco_mask
 from sam3_lora.errors import DataError, did_you_mean
 
 ANNOTATION_FILE = "_annotations.coco.json"
-
-#: Pixels that a box may leave the image by. Exports round, and the loader clips what is over.
-BOX_SLACK = 2.0
 
 
 class CocoImage(TypedDict):
@@ -99,14 +95,24 @@ def read_split(folder: Path, annotation_file: Path | None = None) -> Split:
     Raises:
         DataError: If the folder or its annotation file is missing or cannot be used.
     """
+    path = find_annotation_file(folder, annotation_file)
+    document = read_coco(path)
+    return Split(folder, path, document["images"], document["annotations"], document["categories"])
+
+
+def find_annotation_file(folder: Path, annotation_file: Path | None = None) -> Path:
+    """Return the path of the annotation file of a split, which is that of ``read_split``.
+
+    Raises:
+        DataError: If the folder or the file is missing.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder" if folder.exists() else f"no folder {folder}")
     path = annotation_file or folder / ANNOTATION_FILE
     if not path.is_file():
         hint = _other_json_files(path.parent) if path.parent.is_dir() else ""
         raise DataError(f"no {path.name!r} in {path.parent}{hint}")
-    document = read_coco(path)
-    return Split(folder, path, document["images"], document["annotations"], document["categories"])
+    return path
 
 
 def read_coco(path: Path) -> CocoDocument:
@@ -135,32 +141,6 @@ def read_coco(path: Path) -> CocoDocument:
     return cast(CocoDocument, document)
 
 
-def box_problem(box_xywh: object, size_hw: tuple[int, int]) -> str:
-    """Return what is wrong with a COCO box in an image of this size, or ``""``."""
-    if not isinstance(box_xywh, list) or len(box_xywh) != 4 or not all(map(_is_number, box_xywh)):
-        return "is not four numbers [x, y, width, height]"
-    if not _is_finite(box_xywh):
-        return "has a NaN or infinite number"
-    x, y, box_width, box_height = box_xywh
-    if box_width <= 0 or box_height <= 0:
-        return f"has width {box_width:g} and height {box_height:g}"
-    height, width = size_hw
-    if min(x, y) < -BOX_SLACK or x + box_width > width + BOX_SLACK or y + box_height > height + BOX_SLACK:
-        return f"leaves the image, which is {width} x {height}"
-    return ""
-
-
-def segmentation_problem(segmentation: object, size_hw: tuple[int, int]) -> str:
-    """Return what is wrong with polygons or run lengths for an image of this size, or ``""``."""
-    if isinstance(segmentation, dict):
-        return _run_lengths_problem(segmentation, size_hw)
-    if not isinstance(segmentation, list):
-        return f"is {segmentation!r}, neither polygons nor run lengths"
-    if not segmentation:
-        return "is empty"
-    return next(filter(None, map(_polygon_problem, segmentation)), "")
-
-
 def mask_to_run_lengths(mask: NDArray[np.bool_]) -> RunLengths:
     """Return a mask ``(H, W)`` as compressed run lengths."""
     encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -175,43 +155,6 @@ def compressed_run_lengths(segmentation: Any, size_hw: tuple[int, int]) -> Any:
             return coco_mask.frPyObjects(run_lengths, *run_lengths["size"])
         return run_lengths
     return coco_mask.merge(coco_mask.frPyObjects([list(part) for part in segmentation], *size_hw))
-
-
-def _polygon_problem(polygon: object) -> str:
-    if not isinstance(polygon, list):
-        return "is not a list of polygons, each a list [x1, y1, x2, y2, ...]"
-    if not all(map(_is_number, polygon)):
-        return "has a polygon with something else than numbers"
-    if len(polygon) < 6:  # pycocotools takes a list of four for a box
-        return f"has a polygon of {len(polygon)} numbers; three points need 6"
-    if len(polygon) % 2:
-        return f"has a polygon of {len(polygon)} numbers, which is odd"
-    return "" if _is_finite(polygon) else "has a NaN or infinite number"
-
-
-def _run_lengths_problem(run_lengths: Mapping[str, object], size_hw: tuple[int, int]) -> str:
-    size, counts = run_lengths.get("size"), run_lengths.get("counts")
-    if size != list(size_hw):
-        return f"has run lengths of size {size!r}; the image needs {list(size_hw)} (height, width)"
-    if isinstance(counts, list):
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        return (
-            ""
-            if whole and sum(counts) == math.prod(size_hw)
-            else "has run lengths that do not fill the image"
-        )
-    return "" if isinstance(counts, str) and counts else f"has run lengths with counts {counts!r}"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_finite(numbers: Sequence[float]) -> bool:
-    try:
-        return all(map(math.isfinite, numbers))
-    except OverflowError:  # a whole number that no float can hold
-        return False
 
 
 def _other_json_files(folder: Path) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 EXAMPLES = 3
+
+#: An error stops a training or makes its numbers wrong; a warning is said, and the training goes on.
+Level = Literal["error", "warning"]
 
 
 class Kind(NamedTuple):
@@ -14,6 +17,7 @@ class Kind(NamedTuple):
 
     name: str
     fix: str
+    level: Level = "error"
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class Problem:
     count: int
     examples: tuple[str, ...]
     fix: str
+    level: Level = "error"
 
     def __str__(self) -> str:
         more = [f"... and {self.count - len(self.examples)} more"] if self.count > len(self.examples) else []
         heading = f"{self.kind} ({self.count})" if self.count > 1 else self.kind
-        return "\n  ".join([heading, *self.examples, *more, f"-> {self.fix}"])
+        fix = [f"-> {self.fix}"] if self.fix else []
+        return "\n  ".join([heading, *self.examples, *more, *fix])
 
 
 @dataclass
@@ -42,12 +48,23 @@ class Findings:
         self._counts[kind] = self._counts.get(kind, 0) + 1
         examples = self._examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
-            examples.append(place)
+            examples.append(_printable(place))
+
+    def add_more(self, kind: Kind, count: int) -> None:
+        """Count places that are like those that were added."""
+        self._counts[kind] += count
+
+    def update(self, other: Findings) -> None:
+        """Add what another one collected."""
+        for kind, count in other._counts.items():
+            for place in other._examples[kind]:
+                self.add(kind, place)
+            self.add_more(kind, count - len(other._examples[kind]))
 
     def problems(self) -> list[Problem]:
         """Return one problem per kind, in the order of discovery."""
         return [
-            Problem(kind.name, count, tuple(self._examples[kind]), kind.fix)
+            Problem(kind.name, count, tuple(self._examples[kind]), kind.fix, kind.level)
             for kind, count in self._counts.items()
         ]
 
@@ -59,3 +76,10 @@ def describe(title: str, problems: Sequence[Problem]) -> str:
         (problem,) = problems
         return f"{title}: {problem.kind}: {problem.examples[0]}\n  -> {problem.fix}"
     return "\n".join([f"{title}: {total} problems", *("  " + str(p).replace("\n", "\n  ") for p in problems)])
+
+
+def _printable(text: str) -> str:
+    """Return a text without what a file name could do to a terminal, or a terminal cannot show."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

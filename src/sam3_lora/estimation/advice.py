@@ -24,11 +24,15 @@ Step = tuple[str, Mapping[str, Any], tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Advice:
-    """A change, and how much less peak memory and work of one pass it leads to; work may become more."""
+    """A change, and how much less peak memory and work of one pass it leads to; work may become more.
+
+    ``same_training``: the adapter learns from the same gradients, as far as rounding goes.
+    """
 
     change: str
     saves_bytes: int
     saves_flops: int
+    same_training: bool = False
 
 
 def advice_for(step: Step) -> tuple[Advice, ...]:
@@ -37,9 +41,15 @@ def advice_for(step: Step) -> tuple[Advice, ...]:
     advice = []
     for text, other in [*_other_levers(*step), *_smaller_batches(*step), *_smaller_presets(*step)]:
         other_bytes, other_flops = _cost(other)
-        advice.append(Advice(text, now_bytes - other_bytes, now_flops - other_flops))
+        same = text.startswith(("leave ", "training.batch_size"))
+        advice.append(Advice(text, now_bytes - other_bytes, now_flops - other_flops, same))
     worth = [change for change in advice if change.saves_bytes > _WORTH_SAYING * now_bytes]
     return tuple(sorted(worth, key=lambda change: -change.saves_bytes))
+
+
+def cheapest(advice: Iterable[Advice], count: int) -> list[Advice]:
+    """Return the changes that cost least: those that keep the training as it is, then those that save most."""
+    return sorted(advice, key=lambda change: (not change.same_training, -change.saves_bytes))[:count]
 
 
 def _cost(step: Step) -> tuple[int, int]:
@@ -70,7 +80,7 @@ def _smaller_batches(
         text = f"training.batch_size=1, and {batch} x as many training.gradient_accumulation_steps"
         yield text, (preset, levers, (prompts, objects, 1))
     if prompts > 1:
-        text = f"fewer categories in the dataset: each is a prompt of every image ({prompts // 2} instead of {prompts})"
+        text = f"fewer prompts an image ({prompts // 2} instead of {prompts}): lower prompts.max_prompts_per_image"
         yield text, (preset, levers, (prompts // 2, objects, batch))
     if objects > 1:
         text = f"fewer objects in an image ({objects // 2} instead of {objects}): cut images up, or lower training.max_objects"

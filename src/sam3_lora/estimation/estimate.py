@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sam3_lora.data.prompt_settings import prompt_settings
 from sam3_lora.errors import ConfigError, as_report
 from sam3_lora.estimation.advice import Advice, advice_for
 from sam3_lora.estimation.levers import formula_of, lever_problems, shipped_levers
@@ -94,6 +95,7 @@ def estimate(
     gpu_memory: float | None = None,
     memory: Mapping[str, Any] | None = None,
     max_objects: int = MAX_OBJECTS,
+    asking: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """Return what one training step on the full-size model will cost, within a second and without torch.
 
@@ -102,18 +104,19 @@ def estimate(
         prompts: Asked of each image; 1 if neither it nor ``data`` is given.
         objects: Annotated in each image; 5 if neither it nor ``data`` is given.
         batch: Images in a forward pass, ``training.batch_size``.
-        data: Dataset folder, or annotation file of the training images, to take prompts (its categories) and objects from (the median of its images). The image with
-            the most objects is estimated too.
+        data: Dataset folder, or annotation file of the training images, to take prompts (the most of any image) and objects
+            from (the median of its images). The image with the most objects is estimated too.
         gpu_memory: Of the GPU to ask about, in GB (10^9 bytes).
         memory: Keys of the ``memory`` block that are not as shipped.
         max_objects: ``training.max_objects``, for ``data``.
+        asking: Keys of the ``prompts`` block that are not as shipped, for ``data``.
 
     Raises:
         ConfigError: For an unknown preset, a number out of range, and levers that were not counted together; all at once.
         DataError: If there is no usable dataset in ``data``.
     """
     get_preset(preset)
-    asked = None if data is None else read_asked(Path(data), max_objects)
+    asked = None if data is None else read_asked(Path(data), max_objects, prompt_settings(asking or {}))
     numbers = {
         "prompts": prompts if prompts is not None else asked.prompts if asked else 1,
         "objects": objects if objects is not None else asked.typical_objects if asked else 5,

@@ -8,25 +8,27 @@ from pathlib import Path
 from statistics import median_high
 
 from sam3_lora.data.coco import read_split
+from sam3_lora.data.prompt_settings import PromptSettings
 from sam3_lora.errors import DataError
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a training image is asked: every category, so that ``prompts`` is the same for all. ``typical_objects`` is
-    the median over the images, ``most_objects`` the largest."""
+    """What training images are asked: ``prompts`` is the most of any. ``typical_objects`` is the median over the images,
+    ``most_objects`` the largest."""
 
     prompts: int
     typical_objects: int
     most_objects: int
 
 
-def read_asked(data: Path, max_objects: int) -> Asked:
+def read_asked(data: Path, max_objects: int, settings: PromptSettings) -> Asked:
     """Return what the training images bring. Entries that the check of the dataset will refuse are left out.
 
     Args:
         data: Dataset folder, or the annotation file of the training images.
         max_objects: ``training.max_objects``: a prompt with more objects in an image is left out of its step.
+        settings: The ``prompts`` block.
 
     Raises:
         DataError: If there is no usable split, or it has no images or categories.
@@ -49,4 +51,6 @@ def read_asked(data: Path, max_objects: int) -> Asked:
         if number <= max_objects:
             of_image[image] += number
     numbers = [of_image[image["id"]] for image in split.images if isinstance(image.get("id"), int)] or [0]
-    return Asked(len(split.categories), median_high(numbers), max(numbers))
+    present = Counter(image for image, _ in objects)
+    prompts = settings.most_prompts(len(split.categories), max(present.values(), default=0))
+    return Asked(prompts, median_high(numbers), max(numbers))

@@ -45,7 +45,14 @@ from sam3.train.transforms.segmentation import DecodeRle  # noqa: E402
 MAX_PROMPTS = 32
 
 
-def open_split(images: Path, annotation_file: Path, resolution: int, *, masks: bool = False) -> Any:
+def open_split(
+    images: Path,
+    annotation_file: Path,
+    resolution: int,
+    *,
+    masks: bool = False,
+    prompt_of: Mapping[str, str] | None = None,
+) -> Any:
     """Return the official validation dataset of a COCO split: every category is asked of every image.
 
     Args:
@@ -53,10 +60,11 @@ def open_split(images: Path, annotation_file: Path, resolution: int, *, masks: b
         annotation_file: COCO JSON.
         resolution: Side in pixels that images are resized to.
         masks: Load the masks of the objects, which a loss needs; COCOeval reads them from the file itself.
+        prompt_of: Name of a category -> what to ask for it instead.
     """
     loader = functools.partial(COCO_FROM_JSON, include_negatives=True, category_chunk_size=MAX_PROMPTS)
     with silence():
-        return Sam3ImageDataset(
+        dataset = Sam3ImageDataset(
             img_folder=str(images),
             ann_file=str(annotation_file),
             transforms=[*([DecodeRle()] if masks else []), official_transforms(resolution)],
@@ -66,6 +74,9 @@ def open_split(images: Path, annotation_file: Path, resolution: int, *, masks: b
             load_segmentation=masks,
             coco_json_loader=loader,
         )
+    coco, given = dataset.coco, prompt_of or {}
+    coco.prompts = {key: given.get(name, name) for key, name in coco._cat_idx_to_text.items()}
+    return dataset
 
 
 def official_transforms(resolution: int) -> Any:

@@ -21,6 +21,7 @@ from sam3_lora.evaluation.scores import ModelEvaluation, score_predictions
 from sam3_lora.evaluation.splits import checked_split
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
+from sam3_lora.record import read_record
 
 from sam3.model.sam3_image import Sam3Image  # isort: skip  (after the modules that stand in for triton)
 
@@ -81,7 +82,7 @@ def evaluate(
     A split without any segmentation is measured by its boxes.
 
     Everything is found out before the first image: the data are checked, the adapters loaded. All models see an
-    image in turn; its features are computed once by the base, whose trunk serves every adapter that leaves it as it
+    image in turn, by the prompts that the adapters were trained with; its features are computed once by the base, whose trunk serves every adapter that leaves it as it
     is. The weights of the base are in memory once. On CUDA the forward runs under bfloat16 autocast, as the
     validation of a training run does.
 
@@ -102,7 +103,8 @@ def evaluate(
         DataError: If the split is missing, cannot be used, or has no objects.
         AdapterError: If adapters are missing, damaged, of different bases, or do not fit the base.
         CheckpointError: If the base cannot be had.
-        ConfigError: If an adapter is given twice, ``batch_size`` is below 1, or ``general`` comes without ``guard``.
+        ConfigError: If an adapter is given twice, adapters were trained with different prompts for a class,
+            ``batch_size`` is below 1, or ``general`` comes without ``guard``.
     """
     if general is not None and not guard:
         raise ConfigError("a general dataset is for the guard: pass guard=True (--guard)")
@@ -112,6 +114,7 @@ def evaluate(
     others = None if general is None else general_folder(Path(general), split)
     named = _named(adapters)
     base_name = str(base) if base is not None else _common_base(named)
+    prompt_of = common_prompts(named)
     model = load_base(base_name, device=device)
     beside = [load_adapter_beside(model, path).get_base_model() for path in named.values()]
     _share_image_features(model, beside)
@@ -124,6 +127,7 @@ def evaluate(
             batch_size=batch_size,
             device=model.device,
             on_progress=on_progress,
+            prompt_of=prompt_of,
         )
     of_base, *of_adapters = (score_predictions(folder / ANNOTATION_FILE, results) for results in predictions)
     guards = {}
@@ -208,22 +212,45 @@ def _common_base(adapters: Mapping[str, Path]) -> str:
     return next(iter(bases.values()))
 
 
+def common_prompts(adapters: Mapping[str, Path]) -> dict[str, str]:
+    """Return the prompts that adapters were trained with for classes by other names, by class.
+
+    Raises:
+        ConfigError: If two have different ones for a class; names all of these.
+    """
+    asked: dict[str, dict[str, str]] = {}
+    for adapter, folder in adapters.items():
+        record = read_record(folder)
+        for name, prompt in ((record.training if record else {}).get("prompt_of") or {}).items():
+            asked.setdefault(name, {})[prompt] = adapter
+    problems = [
+        f"class {name!r}: " + ", ".join(f"{prompt!r} by {adapter}" for prompt, adapter in prompts.items())
+        for name, prompts in asked.items()
+        if len(prompts) > 1
+    ]
+    if problems:
+        raise ConfigError(
+            f"these adapters were trained with different prompts; evaluate them on their own: {as_report(problems)}"
+        )
+    return {name: next(iter(prompts)) for name, prompts in asked.items()}
+
+
 def _share_image_features(base: Sam3Image, adapted: Sequence[nn.Module]) -> None:
     """Give every model whose vision trunk has exactly the base's weights the base's own trunk, with a memory."""
     neck: Any = base.backbone.vision_backbone
     own = _addresses(neck.trunk)
-    shared = neck.trunk = _RememberingTrunk(neck.trunk)
+    shared = neck.trunk = RememberingTrunk(neck.trunk)
     for model in adapted:
         neck = model.get_submodule("backbone.vision_backbone")
         # LoRA adds weights; a trained bias, or a whole module that was trained, lies elsewhere than the base's.
-        neck.trunk = shared if _addresses(neck.trunk) == own else _RememberingTrunk(neck.trunk)
+        neck.trunk = shared if _addresses(neck.trunk) == own else RememberingTrunk(neck.trunk)
 
 
 def _addresses(module: nn.Module) -> set[int]:
     return {parameter.data_ptr() for parameter in module.parameters()}
 
 
-class _RememberingTrunk(nn.Module):
+class RememberingTrunk(nn.Module):
     """A vision trunk that gives the features of the last images again when it sees the same images again.
 
     The neck above it runs for each model: an adapter may be on it, and it costs little beside the trunk. It reads

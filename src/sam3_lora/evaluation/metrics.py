@@ -10,7 +10,7 @@ import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ def evaluate_split(
     device: str | torch.device,
     dump_dir: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    prompt_of: Mapping[str, str] | None = None,
 ) -> ModelEvaluation:
     """Ask the model for every category on every image of a split, and return its scores and predictions.
 
@@ -69,6 +70,7 @@ def evaluate_split(
         dump_dir: Also write ``coco_predictions_bbox.json`` and ``coco_predictions_segm.json`` there, as the trainer
             does.
         on_progress: Called with the number of images done and of all images after every batch.
+        prompt_of: Name of a category -> what to ask for it instead.
 
     Raises:
         DataError: If there is nothing to measure against (AP is undefined without objects), or images cannot be read.
@@ -82,6 +84,7 @@ def evaluate_split(
         batch_size=batch_size,
         device=device,
         on_progress=on_progress,
+        prompt_of=prompt_of,
     )
     if dump_dir is not None:
         _write_dumps(dump_dir, results)
@@ -97,13 +100,14 @@ def predict_split(
     batch_size: int,
     device: str | torch.device,
     on_progress: Callable[[int, int], None] | None = None,
+    prompt_of: Mapping[str, str] | None = None,
 ) -> list[list[CocoResult]]:
     """Ask every model for every category on every image, and return the predictions of each.
 
     All models see a batch before the next one is read, and the turns of an image with many categories follow each
     other, so that models may share what they compute from images alone. The rest is as in :func:`evaluate_split`.
     """
-    dataset = open_split(images, annotation_file, resolution)
+    dataset = open_split(images, annotation_file, resolution, prompt_of=prompt_of)
     dumpers = [_new_dumper() for _ in models]
     turns = len(dataset.coco.category_chunks)
     total = len(dataset)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
-from sam3_lora.report.history import History, Step
+from sam3_lora.training.history import MOST_POINTS, History, mean_losses, thinned
+from sam3_lora.visualization.curves import ticks
 
 _WIDTH, _HEIGHT = 520, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 24, 46
-_MAX_STEPS = 400  # more points than pixels only make the file larger
 _METRIC_CURVES = (  # metric, its name, class in the style sheet
     ("segm_AP50", "masks, AP50", "masks"),
     ("segm_AP", "masks, AP", "masks dashed"),
@@ -34,16 +33,12 @@ class Curve:
 
 def loss_chart(history: History) -> str:
     """Return a chart of the loss of each step and of its mean over each epoch."""
-    steps = _thinned(history.steps)
-    by_epoch: dict[int, list[float]] = defaultdict(list)
-    for step in history.steps:
-        if math.isfinite(step.loss):
-            by_epoch[step.epoch].append(step.loss)
-    means = {epoch: sum(losses) / len(losses) for epoch, losses in by_epoch.items()}
+    steps = thinned(history.steps)
+    means = mean_losses(history.steps)
     averaged = len(steps) < len(history.steps)
     curves = [
         Curve(
-            f"mean of {math.ceil(len(history.steps) / _MAX_STEPS)} steps" if averaged else "each step",
+            f"mean of {math.ceil(len(history.steps) / MOST_POINTS)} steps" if averaged else "each step",
             "step",
             [(step.epochs_done, step.loss) for step in steps],
             [f"epoch {step.epoch}, step {step.step}: loss {step.loss:.4g}" for step in steps],
@@ -70,31 +65,9 @@ def metrics_chart(history: History) -> str:
     return _chart(title, curves, _epochs(history), y_top=1.0, best_epoch=history.best_epoch)
 
 
-def ticks(top: float, count: int = 5) -> list[float]:
-    """Return about ``count`` round numbers from 0 to the first of them that is not below ``top``."""
-    if not top > 0:
-        return [0.0, 1.0]
-    raw = top / count
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
-    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
-
-
 def _epochs(history: History) -> int:
     done = [math.ceil(step.epochs_done) for step in history.steps] + list(history.metrics)
     return max(done, default=1)
-
-
-def _thinned(steps: Sequence[Step]) -> list[Step]:
-    """Return the steps, or the means of equal blocks of them where they are too many to tell apart."""
-    size = math.ceil(len(steps) / _MAX_STEPS)
-    if size <= 1:
-        return list(steps)
-    blocks = [steps[start : start + size] for start in range(0, len(steps), size)]
-    return [
-        Step(block[-1].epoch, block[-1].step, block[-1].steps, sum(s.loss for s in block) / len(block))
-        for block in blocks
-    ]
 
 
 def _chart(

@@ -14,9 +14,9 @@ from sam3_lora.evaluation.guarding import GuardReport
 from sam3_lora.output import write_text_atomic
 from sam3_lora.report.charts import loss_chart, metrics_chart
 from sam3_lora.report.guard import guard_section
-from sam3_lora.report.history import History
 from sam3_lora.report.pictures import Picture, as_data_urls, columns_of
 from sam3_lora.report.tables import Metrics, classes_table, metric_name, metrics_table
+from sam3_lora.training.history import History
 from sam3_lora.visualization import GROUND_TRUTH, Instance, label_colours
 
 REPORT_FILE = "report.html"

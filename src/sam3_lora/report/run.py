@@ -17,9 +17,9 @@ from sam3_lora.evaluation.metrics import evaluate_split
 from sam3_lora.evaluation.scores import CocoResult
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.report.facts import amount_of, prompts_in_words, size_on_disk
-from sam3_lora.report.history import History, ReportError, read_history
 from sam3_lora.report.page import REPORT_FILE, write_report
 from sam3_lora.report.pictures import choose_pictures
+from sam3_lora.training.history import History, ReportError, read_history
 from sam3_lora.training.monitor import METRICS
 from sam3_lora.training.monitored import BEST_DUMPS
 from sam3_lora.training.progress import BEST_METRICS_FILE
@@ -141,6 +141,7 @@ def _measure_base(
             batch_size=config["training"]["batch_size"],
             device=model.device,
             on_progress=on_progress,
+            prompt_of=config.get("prompts", {}).get("names"),
         )
     metrics = {name: value for name, value in result.overall.defined().items() if name in wanted}
     return Measured(metrics, result.predictions, _BASE_NOTE)

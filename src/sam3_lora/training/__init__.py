@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from sam3_lora.training.builder import build_sam3_lora_model as build_sam3_lora_model
     from sam3_lora.training.data import collate_fn as collate_fn
     from sam3_lora.training.data import render_demo_dataset as render_demo_dataset
+    from sam3_lora.training.indexed_data import IndexedCoco as IndexedCoco
     from sam3_lora.training.optimizer import lora_plus as lora_plus
+    from sam3_lora.training.prompted_data import PromptedCoco as PromptedCoco
     from sam3_lora.training.trainer import LoraTrainer as LoraTrainer
 
 # The launcher lives in this package too and must find errors in a dataset before torch is imported.
 _MODULES = {
     "AccumulatedLoss": "accumulation",
+    "IndexedCoco": "indexed_data",
     "LoraTrainer": "trainer",
+    "PromptedCoco": "prompted_data",
     "TrainImages": "augmentation",
     "build_sam3_lora_model": "builder",
     "collate_fn": "data",
@@ -27,7 +31,9 @@ _MODULES = {
 
 __all__ = [
     "AccumulatedLoss",
+    "IndexedCoco",
     "LoraTrainer",
+    "PromptedCoco",
     "TrainImages",
     "build_sam3_lora_model",
     "collate_fn",

@@ -13,7 +13,11 @@ from omegaconf import OmegaConf
 Fingerprint = dict[str, str]  # dotted name of a setting -> its value as text
 
 # Where things lie and how they are fetched does not change the result; what lies there does, and is hashed instead.
-_NOT_COMPARED = frozenset({"img_folder", "ann_file", "gt_path", "num_workers", "pin_memory", "prepare"})
+_NOT_COMPARED = frozenset(
+    {"img_folder", "ann_file", "gt_path", "num_workers", "pin_memory", "prepare", "cache"}
+)
+
+_FILES = frozenset({"phrases"})  # compared by what is in them
 
 
 def fingerprint_of_run(settings: Mapping[str, Any]) -> Fingerprint:
@@ -41,7 +45,10 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         if value.get("img_folder") and value.get("ann_file"):
             yield from _dataset(Path(value["img_folder"]), Path(value["ann_file"]), name)
         for key, child in value.items():
-            if key not in _NOT_COMPARED:
+            if key in _FILES and child:
+                content = Path(child).expanduser().read_bytes()
+                yield f"{name}.{key}", f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+            elif key not in _NOT_COMPARED:
                 yield from _flatten(child, f"{name}.{key}" if name else str(key))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for index, child in enumerate(value):

@@ -18,6 +18,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import find_checkpoint
+from sam3_lora.data.check import log_warnings
 from sam3_lora.errors import ConfigError, OutputError, RunStopped, Sam3LoraError, as_report
 from sam3_lora.output import check_output, claim_output, mark_finished, write_text_atomic
 from sam3_lora.training.cluster import (
@@ -45,7 +46,7 @@ from sam3_lora.training.settings import (
     run_yaml,
 )
 from sam3_lora.training.signals import stop_signals_held, stop_signals_to
-from sam3_lora.training.splits import check_run_data
+from sam3_lora.training.splits import check_prompts, check_run_data
 
 RUN_FILE = "run.yaml"
 CONSOLE_LOG = "console.log"
@@ -112,7 +113,9 @@ def planned_start(settings: TrainSettings) -> str:
 def _checked_run(settings: TrainSettings) -> str:
     check_settings(settings)
     run = run_yaml(settings)
-    check_run_data(settings.data, OmegaConf.create(run).training)
+    given = OmegaConf.create(run)
+    log_warnings(check_run_data(settings.data, given.training))
+    check_prompts(settings.data, given.training, OmegaConf.select(given, "prompts") or {})
     return run
 
 

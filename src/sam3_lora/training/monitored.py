@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +13,12 @@ import torch
 
 from sam3_lora.base.cpu import provide_triton
 from sam3_lora.errors import ConfigError, as_report
+from sam3_lora.evaluation.thresholds import best_thresholds
 from sam3_lora.output import write_json_atomic, write_text_atomic
+from sam3_lora.training.asked import given_prompts
 from sam3_lora.training.averaging import WeightAverage
-from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.monitor import METRICS, chosen_metric, meters_of, monitor_problems
+from sam3_lora.training.observation import ObservedTrainer
 from sam3_lora.training.progress import BEST_METRICS_FILE
 
 provide_triton()
@@ -26,11 +29,11 @@ from sam3.eval.coco_writer import PredictionDumper  # noqa: E402
 BEST_DUMPS = "best"
 
 
-class MonitoredTrainer(InterruptibleTrainer):
+class MonitoredTrainer(ObservedTrainer):
     """The official Trainer with a best adapter.
 
     - ``adapters/best`` and ``logs/best_metrics.json`` when ``best_metric`` rises, and ``dumps/best``: the predictions of
-      that validation, which the next one would overwrite.
+      that validation, which the next one would overwrite. It records the threshold of each class that was best there.
     - With ``ema_decay`` validations and adapter folders have the moving average of the trained weights; the checkpoint
       holds the weights as they are trained, and the average.
     - With ``early_stopping_patience`` the run ends after so many validations without a rise.
@@ -40,7 +43,7 @@ class MonitoredTrainer(InterruptibleTrainer):
             model without a segmentation head, which has no meters of masks either; ``None`` keeps no best adapter.
         ema_decay: Between 0 and 1; ``None`` keeps no average.
         early_stopping_patience: 1 or more; ``None`` trains all epochs.
-        keywords: Those of :class:`InterruptibleTrainer` and of the official Trainer.
+        keywords: Those of :class:`ObservedTrainer` and of the official Trainer.
 
     Raises:
         ConfigError: With all that is wrong with the three.
@@ -120,7 +123,7 @@ class MonitoredTrainer(InterruptibleTrainer):
         self.best_meter_values["best"] = value
         self.best_meter_values["since_best"] = 0
         self.best_meter_values["best_epoch"] = int(self.epoch) + 1
-        self._save_adapters(["best"], metrics)
+        self._save_adapters(["best"], metrics, self._thresholds())
         best = {"epoch": int(self.epoch) + 1, "best_metric": self.best_metric, **metrics}
         write_json_atomic(Path(self.logging_conf.log_dir, BEST_METRICS_FILE), best)
         self._keep_dumps()
@@ -147,15 +150,35 @@ class MonitoredTrainer(InterruptibleTrainer):
         )
 
     def _keep_dumps(self) -> None:
-        for meter in self.meters["val"]["valid"].values():
-            if not isinstance(meter, PredictionDumper) or not meter.merge_predictions:
-                continue
-            dump = Path(meter.dump_dir, f"coco_predictions_{meter.iou_type}.json")
+        for dump in self._dumps().values():
             kept = dump.parents[1] / BEST_DUMPS / dump.name
             kept.parent.mkdir(exist_ok=True)
             write_text_atomic(kept, dump.read_text(encoding="utf-8"))
 
+    def _dumps(self) -> dict[str, Path]:
+        """Return the files with the predictions of this validation, by what they are of: ``bbox`` and ``segm``."""
+        return {
+            meter.iou_type: Path(meter.dump_dir, f"coco_predictions_{meter.iou_type}.json")
+            for meter in self.meters["val"]["valid"].values()
+            if isinstance(meter, PredictionDumper) and meter.merge_predictions
+        }
+
+    def _thresholds(self) -> dict[str, float]:
+        """Return the best score threshold of each prompt, by the predictions of this validation."""
+        dumps, truth = self._dumps(), self.data_conf.val.dataset.get("ann_file")
+        if not dumps or truth is None:
+            return {}
+        dump = dumps["segm"] if "segm" in dumps else dumps["bbox"]
+        predictions = json.loads(dump.read_text(encoding="utf-8"))
+        asked = given_prompts(self.data_conf)
+        best = best_thresholds(Path(truth), predictions)
+        return {asked.get(name, name): found.threshold for name, found in best.items()}
+
     def _save_adapters(
-        self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
+        self,
+        names: list[str],
+        metrics: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float] | None = None,
+        **about: Any,
     ) -> None:
         """Save the adapter under these names; a subclass knows how."""

@@ -36,7 +36,7 @@ SETTING_KEYS: Mapping[str, str] = {
 }
 
 #: Blocks that only our own code reads: a new name there would have no effect.
-OWN_BLOCKS = ("paths", "base", "adapter", "training", "memory")
+OWN_BLOCKS = ("paths", "base", "adapter", "training", "prompts", "memory")
 
 _KEYWORDS = "adapter.overrides."
 _LEAST: Mapping[str, int] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,16 @@ BEST_METRICS_FILE = "best_metrics.json"  # in logs/
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands. Epochs and steps count from 1; ``metrics`` are those of the last validation, ``settings`` what is
-    in force in the whole run, a line for each thing."""
+    in force in the whole run, a line for each thing.
+
+    Attributes:
+        terms: The parts of the loss before their weights, of the last layer of the decoder.
+        rates: Learning rate of each trained group of parameters, in the order that the run names them at its start.
+        memory_of: ``"GPU memory"``, what torch has in use after the step, or ``"process memory"``, what the trainer holds
+            in RAM; not of the processes that load images.
+        memory_bytes: In use now; ``peak_bytes`` the most since the start.
+        warnings: What the run has warned of so far.
+    """
 
     epoch: int
     epochs: int
@@ -26,6 +36,12 @@ class Progress:
     loss: float | None
     metrics: Mapping[str, float]
     settings: Mapping[str, str] = field(default_factory=dict)
+    terms: Mapping[str, float] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    memory_of: str = ""
+    memory_bytes: int | None = None
+    peak_bytes: int | None = None
+    warnings: Sequence[str] = ()
 
 
 OnProgress = Callable[[Progress], None]
@@ -79,6 +95,7 @@ class ProgressReader:
         self._path = logs / PROGRESS_FILE
         self._on_progress = on_progress
         self._metrics: dict[str, float] = {}
+        self._warnings: tuple[str, ...] = ()
         self._offset = self._path.stat().st_size if self._path.exists() and not from_start else 0
 
     def read(self) -> None:
@@ -94,14 +111,23 @@ class ProgressReader:
                 self.stopped = event
             elif kind == "stopped_early":
                 self.stopped_early = event["epoch"]
+            elif kind == "warning":
+                self._warnings += (event["message"],)
             elif kind == "step":
                 self.last_step = event
                 self._show()
-            else:
+            elif kind == "verifying":
+                print(
+                    f"{event['done']}/{event['images']} images: asking the base what is not there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            elif kind == "metrics":
                 self._metrics = {name: value for name, value in event.items() if name != "epoch"}
                 self._show()
 
     def _show(self) -> None:
         if self._on_progress is not None and self.last_step:
+            known = {k: v for k, v in self.last_step.items() if k in Progress.__dataclass_fields__}
             of_run = {"epochs": self.start["epochs"], "settings": self.start.get("settings", {})}
-            self._on_progress(Progress(metrics=self._metrics, **of_run, **self.last_step))
+            self._on_progress(Progress(metrics=self._metrics, warnings=self._warnings, **of_run, **known))

@@ -49,6 +49,11 @@ class SeededItems(Dataset[Any]):
         self._seed = seed
         self._epoch = 0
 
+    @property
+    def dataset(self) -> Any:
+        """The dataset itself."""
+        return self._dataset
+
     def set_epoch(self, epoch: int) -> None:
         """Take the epoch, and hand it to the dataset as the official loader would."""
         self._epoch = epoch
@@ -68,11 +73,17 @@ class SeededItems(Dataset[Any]):
 
 
 class StartingSampler(Sampler[int]):
-    """A sampler that leaves out its first ``skip`` indices, once, and has the length of the whole."""
+    """A sampler that leaves out its first ``skip`` indices, once, and has the length of the whole.
+
+    Attributes:
+        taken: The indices that were asked of it since it began, so that a step can tell its images; a loader with workers
+            asks for some more than the step has.
+    """
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
         self.skip = 0
+        self.taken: list[int] = []
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on."""
@@ -84,7 +95,10 @@ class StartingSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         skip, self.skip = self.skip, 0
-        return islice(iter(self._sampler), skip, None)
+        self.taken = []
+        for index in islice(iter(self._sampler), skip, None):
+            self.taken.append(index)
+            yield index
 
 
 def make_resumable(data: Any, seed: int) -> StartingSampler:

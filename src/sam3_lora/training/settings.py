@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sam3_lora.base.checkpoint import DEFAULT, absolute_base, base_info
+from sam3_lora.data.prompt_settings import prompt_problems
 from sam3_lora.errors import ConfigError, TargetError, as_report
 from sam3_lora.presets import get_preset
 from sam3_lora.training.composition import common_defaults
@@ -24,6 +25,7 @@ from sam3_lora.training.overrides import (
     values_of,
 )
 from sam3_lora.training.splits import SPLIT_KEYS
+from sam3_lora.training.wandb_settings import wandb_problems
 
 RUN_FILE_HEADER = (
     "# @package _global_\n# Start it again with: python -m sam3.train.train -c <absolute path of this file>\n"
@@ -31,7 +33,13 @@ RUN_FILE_HEADER = (
 
 
 _PATHS = frozenset(
-    {"paths.dataset_root", "paths.experiment_log_dir", *(f"training.{key}" for key in SPLIT_KEYS)}
+    {
+        "paths.dataset_root",
+        "paths.experiment_log_dir",
+        *(f"training.{key}" for key in SPLIT_KEYS),
+        "prompts.phrases",
+        "prompts.cache",
+    }
 )
 
 
@@ -120,6 +128,9 @@ def check_settings(settings: TrainSettings) -> None:
     problems = override_problems(settings.config, settings.preset) if settings.config else []
     problems += _disagreements(settings) + _needs_cluster(settings)
     problems += image_problems(settings.config, settings.base) + monitor_problems(settings.config)
+    problems += wandb_problems(settings.config.get("training.wandb"))
+    if not problems:  # else one mistake would be told twice
+        problems = prompt_problems(settings.config)
     if problems:
         raise ConfigError(as_report(problems))
     masks = settings.config.get("training.enable_segmentation", True)
@@ -212,9 +223,9 @@ def run_yaml(settings: TrainSettings) -> str:
 
 
 def absolute_value(key: str, value: Any) -> Any:
-    """Return the value of a config key, made independent of the working folder if it is a path to images."""
-    is_path = key in _PATHS and not str(value).startswith("${")
-    return str(Path(value).resolve()) if is_path else value
+    """Return the value of a config key, made independent of the working folder if it is a path."""
+    is_path = key in _PATHS and value is not None and not str(value).startswith("${")
+    return str(Path(value).expanduser().resolve()) if is_path else value
 
 
 def run_choices(run: DictConfig) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -15,17 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
 from sam3_lora.adapter_plan import ddp_reason, unused_parameters
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report
 from sam3_lora.training.accumulation import AccumulatedLoss
+from sam3_lora.training.asked import given_prompts, most_prompts, prompts_and_images, verify_training_data
 from sam3_lora.training.effective import ineffective_in_file, unknown_keywords
 from sam3_lora.training.fingerprint import Fingerprint, differences, fingerprint_of_run
 from sam3_lora.training.in_force import in_force
 from sam3_lora.training.lock import take_lock
+from sam3_lora.training.masks_check import check_masks
 from sam3_lora.training.memory_check import MemoryCheck, memory_check
 from sam3_lora.training.monitor import METRICS as METRICS
 from sam3_lora.training.monitored import MonitoredTrainer
@@ -59,7 +59,8 @@ class LoraTrainer(MonitoredTrainer):
     - Every epoch starts from a random state derived from (seed, epoch, rank), which the official checkpoint lacks:
       a run that is killed and started again ends with the same bytes. One that is started again with other data or
       settings is refused.
-    - It saves between steps, and stops there when a signal asks: :class:`InterruptibleTrainer`, whose keywords it takes.
+    - It saves between steps, and stops there when a signal asks; it records what it does, and says why it cannot go on:
+      :class:`ObservedTrainer`, whose keywords it takes.
     - It keeps the best adapter, may average the weights and may stop early: :class:`MonitoredTrainer`, likewise.
     - With gradient accumulation :class:`AccumulatedLoss` divides by the counts of the whole batch.
     - ``accelerator: auto`` and ``amp.enabled: auto`` choose by whether there is CUDA; without it the CPU works, and
@@ -98,7 +99,6 @@ class LoraTrainer(MonitoredTrainer):
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         self._adapter_dir = Path(adapter_dir)
-        self._pass_losses: list[torch.Tensor] = []
         self._adapter_freq = adapter_freq
         self._find_unused: Any = (official.get("distributed") or {}).get("find_unused_parameters", False)
         self._seed = seed_value
@@ -135,7 +135,6 @@ class LoraTrainer(MonitoredTrainer):
                 f"takes {train_loader.batch_size} a step on each of {torch.distributed.get_world_size()} processes; "
                 "lower batch_size or gradient_accumulation_steps, or add images"
             )
-        self._steps_per_epoch = len(train_loader)
         seed = (self._seed * 100_003 + int(self.epoch) * 1_009 + self.distributed_rank) % 2**31
         random.seed(seed)
         np.random.seed(seed)
@@ -185,8 +184,13 @@ class LoraTrainer(MonitoredTrainer):
         self._save_adapters(["last"], steps_of_epoch=done)
 
     def _save_adapters(
-        self, names: list[str], metrics: Mapping[str, float] | None = None, **about: Any
+        self,
+        names: list[str],
+        metrics: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float] | None = None,
+        **about: Any,
     ) -> None:
+        self._refuse_bad_adapter()
         if self.distributed_rank != 0:
             return
         training = {"epoch": int(self.epoch) + 1, "epochs": self.max_epochs, **about, **self._about_run}
@@ -198,6 +202,7 @@ class LoraTrainer(MonitoredTrainer):
                     self._adapter_dir / name,
                     prompts=self._prompts,
                     training=training,
+                    thresholds=thresholds,
                 )
 
     def _setup_components(self) -> None:
@@ -207,13 +212,16 @@ class LoraTrainer(MonitoredTrainer):
         )
         on_cuda = self.device.type == "cuda" and self.mode != "val"
         self._memory_check: MemoryCheck | None = memory_check(self.model_conf) if on_cuda else None
-        self._prompts, images = _prompts_and_images(self.data_conf)
+        self._prompts, images = prompts_and_images(self.data_conf)
+        check_masks(self.data_conf)
         self._about_run: dict[str, Any] = {
             "images": images,
             "seed": self._seed,
             "best_metric": self.best_metric,
             **({} if self.ema_decay is None else {"ema_decay": self.ema_decay}),
         }
+        if names := given_prompts(self.data_conf):
+            self._about_run["prompt_of"] = names
         super()._setup_components()
         self._decide_unused()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
@@ -246,10 +254,11 @@ class LoraTrainer(MonitoredTrainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
+        verify_training_data(self, self._report)
         settings = (
             {}
             if self.train_dataset is None
-            else in_force(self, self._about_run["images"], len(self._prompts))
+            else in_force(self, self._about_run["images"], most_prompts(self, len(self._prompts)))
         )
         for name, line in settings.items():
             logging.info(f"{name}: {line}")
@@ -270,15 +279,9 @@ class LoraTrainer(MonitoredTrainer):
         key = next(iter(passes[0]))
         if isinstance(loss := self._find_loss(key), AccumulatedLoss):
             loss.expect([passed[key].find_targets[0] for passed in passes], self.device)
-        self._pass_losses = []
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
         if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
             self._memory_check.measured(torch.cuda.max_memory_allocated())
-        loss = float(
-            torch.stack(self._pass_losses).mean()
-        )  # of the whole batch, as AccumulatedLoss gives values
-        step = (self.steps[phase] // self.gradient_accumulation_steps - 1) % self._steps_per_epoch + 1
-        self._report("step", epoch=int(self.epoch) + 1, step=step, steps=self._steps_per_epoch, loss=loss)
 
     def _step(self, batch: Any, model: Any, phase: str) -> Any:
         # The official autocast is for CUDA alone.
@@ -287,10 +290,7 @@ class LoraTrainer(MonitoredTrainer):
         amp = self.optim_conf.amp if self.optim_conf else None
         on_cpu = self.device.type == "cpu" and amp is not None and amp.enabled
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_cpu):
-            outcome: Any = super()._step(batch, model, phase)
-        if phase == "train":
-            self._pass_losses += (loss.detach() for loss in outcome[0].values())
-        return outcome
+            return super()._step(batch, model, phase)
 
     def _report(self, kind: str, **values: Any) -> None:
         if self.distributed_rank == 0:
@@ -310,12 +310,3 @@ def _own_errors_reported(logs: Path) -> Iterator[None]:
             logs.mkdir(parents=True, exist_ok=True)
             append_event(logs, "error", message=str(cause))
         raise
-
-
-def _prompts_and_images(data: Any) -> tuple[list[str], int]:
-    """Return the prompts of the training data, and the number of its images."""
-    annotation_file = OmegaConf.select(OmegaConf.create(data), "train.dataset.ann_file")
-    if annotation_file is None:  # a dataset of another kind
-        return [], 0
-    document = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
-    return [category["name"] for category in document["categories"]], len(document["images"])

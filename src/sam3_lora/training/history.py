@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sam3_lora.errors import Sam3LoraError
 from sam3_lora.training.progress import BEST_METRICS_FILE, PROGRESS_FILE, read_events
+
+#: More points than a chart has pixels only make it larger.
+MOST_POINTS = 400
 
 
 class ReportError(Sam3LoraError):
@@ -18,12 +23,24 @@ class ReportError(Sam3LoraError):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the optimizer; epoch and step count from 1, ``steps`` is their number in an epoch."""
+    """One step of the optimizer; epoch and step count from 1, ``steps`` is their number in an epoch.
+
+    Attributes:
+        terms: The parts of the loss before their weights, of the last layer of the decoder.
+        rates: Learning rate of each trained group of parameters, in the order that the run names them at its start.
+        seconds: From the step before to this one; ``waited`` of them for the batch.
+    """
 
     epoch: int
     step: int
     steps: int
     loss: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    memory_bytes: int | None = None
+    peak_bytes: int | None = None
+    seconds: float | None = None
+    waited: float | None = None
 
     @property
     def epochs_done(self) -> float:
@@ -67,7 +84,8 @@ def read_history(run_folder: str | Path) -> History:
         if kind == "start":
             start = event
         elif kind == "step":
-            steps[event["epoch"], event["step"]] = Step(**event)
+            known = {name: value for name, value in event.items() if name in Step.__dataclass_fields__}
+            steps[event["epoch"], event["step"]] = Step(**known)
         elif kind == "metrics":
             metrics[event.pop("epoch")] = event
     if start is None:
@@ -83,6 +101,24 @@ def read_history(run_folder: str | Path) -> History:
         best_metric=best.get("best_metric"),
         start=start,
     )
+
+
+def mean_losses(steps: Sequence[Step]) -> dict[int, float]:
+    """Return epoch -> the mean loss of its steps; losses that are no number are left out."""
+    by_epoch: dict[int, list[float]] = defaultdict(list)
+    for step in steps:
+        if math.isfinite(step.loss):
+            by_epoch[step.epoch].append(step.loss)
+    return {epoch: sum(losses) / len(losses) for epoch, losses in by_epoch.items()}
+
+
+def thinned(steps: Sequence[Step], most: int = MOST_POINTS) -> list[Step]:
+    """Return the steps, or where there are more than ``most`` the means of equal blocks of them."""
+    size = math.ceil(len(steps) / most)
+    if size <= 1:
+        return list(steps)
+    blocks = [steps[start : start + size] for start in range(0, len(steps), size)]
+    return [replace(block[-1], loss=sum(s.loss for s in block) / len(block)) for block in blocks]
 
 
 def _best(path: Path) -> dict[str, Any]:
