@@ -13,7 +13,7 @@ QUIET  := $(if $(CI),--quiet)
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv setup demo test test-slow test-full test-packaging test-browser check pretrain clean
+.PHONY: help venv setup demo test test-slow test-full test-packaging test-browser test-slurm check pretrain clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -59,6 +59,9 @@ test-packaging: setup ## build the source archive and the wheel, and test them i
 
 test-browser: setup ## look at a report in headless Chromium, light and dark (Debian: apt install chromium)
 	@$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-slurm: setup ## submit jobs to a real Slurm on this machine (Debian or Ubuntu, as root; installs slurm-wlm and munge)
+	@scripts/slurm-sandbox $(BIN)/python -m pytest -m slurm $(ARGS)
 
 check: setup ## everything to run before a commit: format, lint, types, layers, tests, build
 	@scripts/check $(ARGS)

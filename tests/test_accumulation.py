@@ -69,7 +69,7 @@ def test_the_presence_of_a_prompt_is_trained(dataset):
 
 
 @pytest.mark.slow
-def test_two_passes_on_each_of_two_processes_are_one_on_each(dataset, tmp_path):
+def test_passes_and_processes_have_the_gradients_of_one_process_with_all_images(dataset, tmp_path):
     script = Path(__file__).with_name("accumulated_processes.py")
     processes = [
         subprocess.Popen(
@@ -83,5 +83,6 @@ def test_two_passes_on_each_of_two_processes_are_one_on_each(dataset, tmp_path):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         found = json.loads(output.splitlines()[-1])
-        assert found["whole"] <= 1e-5
-        assert found["worst"] <= 1e-4
+        for overall_difference, worst_tensor in found.values():
+            assert overall_difference <= 1e-5
+            assert worst_tensor <= 1e-4  # rounding, as above

@@ -462,7 +462,9 @@ def test_a_plan_is_a_table_and_what_follows_from_it(capsys):
     assert re.search(r"detr_decoder +│ attention +│ 36 +│ 8 +│ 16 +│ 36,864 ", output)
     assert re.search(r"Trains +163,392 of 5,068,582 parameters \(3\.22%\), in 42 modules", output)
     assert "Besides   111,168 of these are whole modules or biases" in output
-    assert "DDP       training.find_unused_parameters=true: no step uses segmentation_head" in output
+    assert (
+        "DDP       find_unused_parameters needed, and set by itself: no step uses segmentation_head" in output
+    )
     assert (
         "three levels need only two upsampling steps:\n            segmentation_head.pixel_decoder.conv_layers.2"
         in output

@@ -222,7 +222,7 @@ def launch(config: Config) -> list[Any]:
             pass
 
         def update_parameters(self, **parameters: Any) -> None:
-            started.append({k: v for k, v in parameters.items() if k != "name"})
+            started.append(parameters)
 
         def submit(self, runner: Any) -> Namespace:
             return Namespace(job_id="1")
@@ -361,6 +361,9 @@ ROWS: dict[str, Row] = {
     "submitit.partition": Row("gpu", launch, SLURM),
     "submitit.account": Row("me", launch, SLURM),
     "submitit.qos": Row("high", launch, SLURM),
+    "submitit.name": Row("mine", launch, SLURM),
+    "submitit.mem_gb": Row(64, launch, SLURM),
+    "submitit.constraints": Row("a100", launch, SLURM),
     "submitit.timeout_hour": Row(1, launch, SLURM),
     "submitit.cpus_per_task": Row(2, launch, SLURM),
     "trainer.adapter_dir": Row("{tmp}/adapters", saved),

@@ -23,6 +23,7 @@ from sam3_lora.components import (
     PATTERNS,
     SOMETIMES_IDLE,
     UNUSED_PARAMETERS,
+    UNUSED_WITHOUT_MASKS,
     Component,
     Kind,
     component_of,
@@ -113,7 +114,7 @@ def plan_adapter(preset: str | Preset = "balanced", base: str = DEFAULT, **overr
     adapted = get_peft_sam3(model, preset, **{**overrides, "adapter_name": "default"})
     inner = inner_model(adapted)
     trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
-    unused = [name for name in map(_official_name, trained) if _matches(UNUSED_PARAMETERS, name)]
+    unused = unused_parameters(inner)
     count = count_parameters(adapted)
     strengths = strengths_of(inner, "default")
     return AdapterPlan(
@@ -126,7 +127,7 @@ def plan_adapter(preset: str | Preset = "balanced", base: str = DEFAULT, **overr
         adapter_bytes=safetensors_bytes(adapter_tensors(inner, "default")),
         dead_modules=MappingProxyType({name: reason for name in names if (reason := why_excluded(name))}),
         find_unused_parameters=bool(unused),
-        ddp_reason=_ddp_reason(unused),
+        ddp_reason=ddp_reason(unused),
         notes=tuple(text for pattern, text in SOMETIMES_IDLE.items() if _matches([pattern], *strengths)),
     )
 
@@ -177,7 +178,17 @@ def _totals(parts: Iterable[AdapterPart]) -> dict[str, dict[str, int]]:
     return totals
 
 
-def _ddp_reason(unused: list[str]) -> str:
+def unused_parameters(model: nn.Module) -> list[str]:
+    """Return the trained parameters of an adapted model that no step uses, by their official names."""
+    patterns = list(UNUSED_PARAMETERS)
+    if getattr(model, "segmentation_head", None) is None:
+        patterns += UNUSED_WITHOUT_MASKS
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return [name for name in map(_official_name, trained) if _matches(patterns, name)]
+
+
+def ddp_reason(unused: list[str]) -> str:
+    """Return why DistributedDataParallel has to look for unused parameters, or need not."""
     if not unused:
         return "every trained tensor takes part in every step"
     more = f" and {len(unused) - 1} more" if unused[1:] else ""

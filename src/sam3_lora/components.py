@@ -111,6 +111,8 @@ UNUSED_PARAMETERS: tuple[str, ...] = (
     r"segmentation_head\.pixel_decoder\.(conv_layers|norms)\.2\.(weight|bias)",
     r"backbone\.language_backbone\.encoder\.text_projection",
 )
+# Without a segmentation head nothing reads the two levels of high resolution either, with LoRA on them or not.
+UNUSED_WITHOUT_MASKS: tuple[str, ...] = (_NECK + r"\.[01]\..*",)
 # Their gradient is zero in some steps, which is no mistake.
 SOMETIMES_IDLE: Mapping[str, str] = MappingProxyType(
     {

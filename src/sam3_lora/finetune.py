@@ -26,7 +26,8 @@ def train(
     ``config_resolved.yaml``, ``checkpoints/``, ``adapters/{epoch_N,last,best}/``, ``logs/``, ``tensorboard/``,
     ``dumps/`` and, unless ``settings.report`` is off, ``report.html``. An interrupt, or another stop signal, saves after the
     step that is going on and stops the script; a second interrupt stops it at once. A report that cannot be written is
-    a warning, because the adapter is there.
+    a warning, because the adapter is there. After a Slurm job there is none: the machine that waits for it need not have
+    a GPU. An interrupt then ends the waiting, and the job goes on.
 
     Args:
         settings: What to train.
@@ -39,7 +40,7 @@ def train(
             script's own error when it fails; :class:`sam3_lora.errors.RunStopped` after a stop signal.
     """
     result = launch.train(settings, on_progress)
-    return _with_report(result, on_report) if settings.report else result
+    return _with_report(result, on_report) if settings.report and result.job is None else result
 
 
 def resume(
@@ -52,12 +53,13 @@ def resume(
     """Go on with a run of :func:`train` that was stopped, however that happened, wait for its end, and report on it.
 
     The run goes on from where it was last saved, and ends with the same bytes as if it had not been stopped. One that
-    is finished is only validated again.
+    is finished is only validated again. If its Slurm job is in the queue, that one is waited for; else a new one is
+    submitted.
 
     Args:
         output: The run folder.
-        expected: Config keys by dotted name that the run must have been started with;
-            ``training.save_every_steps`` among them is changed instead.
+        expected: Config keys by dotted name that the run must have been started with; ``training.save_every_steps``
+            and what stands below ``submitit`` are changed instead.
         on_progress: As for :func:`train`.
         report: Whether to write ``report.html``.
         on_report: As for :func:`train`.
@@ -70,7 +72,7 @@ def resume(
         RunStopped: After a stop signal.
     """
     result = launch.resume(output, expected, on_progress)
-    return _with_report(result, on_report) if report else result
+    return _with_report(result, on_report) if report and result.job is None else result
 
 
 def _with_report(result: TrainResult, on_report: OnReport | None) -> TrainResult:

@@ -22,7 +22,7 @@ examples:
 
 _FIND_UNUSED = {
     False: "find_unused_parameters not needed",
-    True: "training.find_unused_parameters=true",
+    True: "find_unused_parameters needed, and set by itself",
 }
 
 

@@ -23,6 +23,7 @@ examples:
   sam3-lora train --data my_dataset --output runs/wide --preset full --set r=32 --set lora_dropout=0.1
   sam3-lora train --data my_dataset --output runs/try --base tiny --max-epochs 3
   sam3-lora train --data my_dataset --output runs/flat schedule=constant training.lr_vision_backbone=5e-5
+  sam3-lora train --data my_dataset --output runs/many --use-cluster --num-nodes 2 --num-gpus 4 --partition gpu --dry-run
   sam3-lora train --resume runs/first
 
 my_dataset holds train/ and valid/, each with its images and _annotations.coco.json; category names are the prompts.""",
@@ -71,7 +72,22 @@ def add_options(parser: arguments.Parser) -> None:
         "--num-gpus",
         type=arguments.count,
         metavar="N",
-        help="GPUs, or processes without (default: 1)",
+        help="GPUs of each machine, or processes without (default: 1)",
+    )
+    add(
+        "--use-cluster",
+        action="store_true",
+        default=None,
+        help="submit a Slurm job through the official launcher and wait for it; Ctrl-C leaves the job running",
+    )
+    add("--num-nodes", type=arguments.count, metavar="N", help="machines of the Slurm job (default: 1)")
+    add("--partition", metavar="NAME", help="Slurm partition")
+    add("--account", metavar="NAME", help="Slurm account")
+    add("--qos", metavar="NAME", help="Slurm quality of service")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check all, print the command or the Slurm job's request, and stop",
     )
     add("--overwrite", action="store_true", help="replace an earlier run in --output")
     parser.add_settings(
@@ -111,6 +127,11 @@ def _train(args: argparse.Namespace) -> None:
             overrides={key: value for key, value in args.set if "." not in key},
             config=_config(args),
         )
+        if args.dry_run:
+            from sam3_lora.training.launch import planned_start
+
+            sys.stdout.write(planned_start(settings))
+            return
         _announce_costs(settings)
         with run_on_stderr() as (show, show_report):
             result = train(settings, on_progress=show, on_report=show_report)
@@ -186,31 +207,40 @@ _SETTINGS = (
     "seed",
     "save_every_steps",
     "num_gpus",
+    "num_nodes",
+    "use_cluster",
+    "partition",
+    "account",
+    "qos",
 )
+
+#: Of these, those whose config key has another value than the option.
+_TRANSLATED = ("data", "output", "preset", "base")
 
 
 def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options say as config keys, to be compared with those of a run."""
     from sam3_lora.base.checkpoint import absolute_base
+    from sam3_lora.training.overrides import SETTING_KEYS
 
     return {
         "paths.dataset_root": None if args.data is None else str(args.data.resolve()),
         "adapter.preset": args.preset,
         "base.name": None if args.base is None else absolute_base(args.base),
-        "launcher.gpus_per_node": args.num_gpus,
-        **{
-            f"training.{name}": getattr(args, name)
-            for name in ("max_epochs", "batch_size", "lr", "seed", "save_every_steps")
-        },
+        **{SETTING_KEYS[name]: getattr(args, name) for name in _SETTINGS if name not in _TRANSLATED},
         **{f"adapter.overrides.{key}": value for key, value in args.set if "." not in key},
         **_config(args),
     }
 
 
 def _refuse_beside_resume(args: argparse.Namespace) -> None:
-    given = [f"--{name}" for name in ("output", "overwrite") if getattr(args, name)]
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("output", "overwrite", "dry_run") if getattr(args, name)
+    ]
     if given:
-        args.parser.error(f"{' and '.join(given)} cannot go with --resume, which names the run folder itself")
+        args.parser.error(
+            f"{' and '.join(given)} cannot go with --resume, which goes on with what is in its folder"
+        )
 
 
 def _print_result(result: TrainResult, as_json: bool) -> None:
@@ -225,6 +255,7 @@ def _print_result(result: TrainResult, as_json: bool) -> None:
                 "trainable_parameters": result.trainable_parameters,
                 "total_parameters": result.total_parameters,
                 "stopped_early": result.stopped_early,
+                "job": result.job,
                 "report": None if result.report is None else str(result.report),
             }
         )

@@ -1,4 +1,4 @@
-"""The official losses, such that a batch in several forward passes has the gradient of the same batch in one."""
+"""The official losses, such that a batch in several forward passes and processes has the gradient of the same batch in one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ _EPSILON = 1e-6  # SemanticSegCriterion adds it to the number of prompts that it
 
 @dataclass(frozen=True)
 class _Whole:
-    """What the terms of a whole accumulated batch are divided by, on this process."""
+    """What the terms of a whole batch, in all passes and processes, are divided by on this process.
+
+    DistributedDataParallel takes the mean over processes: each divides by its even share of all counts.
+    """
 
     passes: int
-    num_boxes: Any  # as the official wrapper gives it: over all processes, or this one, or 1
-    prompts: int
-    prompts_with_masks: Tensor | int
+    num_boxes: Any  # as the official wrapper gives it, but exact for fewer objects than processes
+    prompts: float
+    prompts_with_masks: Tensor | float  # with the official epsilon
+    all_prompts: int  # not shared between the processes
 
 
 class AccumulatedLoss(Sam3LossWrapper):
@@ -36,6 +40,8 @@ class AccumulatedLoss(Sam3LossWrapper):
     its own images: a pass with one object in it weighs as much as one with fifty. After :meth:`expect` every term of a
     pass is its share of the term that all images would give in one pass, so that the gradients add up to that one's.
     The values that are returned, and logged, are multiplied by the number of passes: their mean is the big batch's.
+    So it is with several processes where ``normalization`` is ``global``; the official wrapper counts objects over all of them,
+    but prompts, and their square root, on each alone.
 
     Not equal are terms that draw random numbers: ``Masks`` with ``num_sample_points`` samples other points. Counts of
     unshipped settings (``weak_loss`` with prompts that are not exhaustive, ``downsample`` of semantic masks so small
@@ -70,24 +76,42 @@ class AccumulatedLoss(Sam3LossWrapper):
             device: Where processes exchange numbers.
         """
         self._whole = None
-        if len(targets) < 2:
+        processes = torch.distributed.get_world_size() if self.normalization == "global" else 1
+        if len(targets) < 2 and processes == 1:
             return
         counted = {
             "boxes": torch.cat([target.boxes.view(-1, 4) for target in targets]).to(device),
             "num_boxes": torch.cat([target.num_boxes for target in targets]).to(device),
         }
-        with_masks = 0
+        with_masks: Any = 0
         if self.loss_fn_semantic_seg is not None:
-            with_masks = int(sum(_with_masks(t.num_boxes, t.segments, t.semantic_segments) for t in targets))
+            with_masks = sum(_with_masks(t.num_boxes, t.segments, t.semantic_segments) for t in targets)
+        prompts = len(counted["num_boxes"])
+        if processes > 1:
+            own = torch.tensor([self._objects(counted), prompts, int(with_masks)], device=device)
+            torch.distributed.all_reduce(own)
+            objects, prompts, with_masks = own.tolist()
+            num_boxes = torch.tensor(max(objects, 1) / processes, device=device)
+        else:
+            num_boxes = super()._get_num_boxes(counted)
         self._whole = _Whole(
-            len(targets), super()._get_num_boxes(counted), len(counted["num_boxes"]), with_masks
+            len(targets),
+            num_boxes,
+            prompts / processes,
+            (int(with_masks) + _EPSILON) / processes,
+            prompts,
         )
+
+    def _objects(self, counted: Mapping[str, Tensor]) -> int:
+        if self.normalize_by_valid_object_num:
+            return int((counted["boxes"][:, 2:] > 0).all(dim=-1).sum())
+        return int(counted["num_boxes"].sum())
 
     def forward(self, find_stages: Any, find_targets: Any) -> dict[str, Any]:
         losses: dict[str, Any] = super().forward(find_stages, find_targets)
         if self._whole is not None and self.scale_by_find_batch_size:
             own = len(find_targets[0]["num_boxes"])
-            losses[CORE_LOSS_KEY] = losses[CORE_LOSS_KEY] * (self._whole.prompts / own) ** 0.5
+            losses[CORE_LOSS_KEY] = losses[CORE_LOSS_KEY] * (self._whole.all_prompts / own) ** 0.5
         return losses
 
     def _get_num_boxes(self, targets: Mapping[str, Any]) -> Any:
@@ -116,7 +140,7 @@ def _share(term: nn.Module, name: str, targets: Mapping[str, Any], whole: _Whole
     if not term.presence_head or name == "loss_semantic_presence":
         return prompts
     own = _with_masks(targets["num_boxes"], targets["masks"], targets["semantic_masks"])
-    return (own + _EPSILON) / (whole.prompts_with_masks + _EPSILON)
+    return (own + _EPSILON) / whole.prompts_with_masks
 
 
 def _with_masks(num_boxes: Tensor, masks: Tensor | None, semantic_masks: Tensor | None) -> Tensor:

@@ -90,7 +90,11 @@ def build_sam3_lora_model(
 
 
 def _keep_from_ddp(model: Sam3Image) -> None:
-    """Tell DistributedDataParallel to leave quantised weights alone: it would view them as plain tensors to compare the
-    processes, which all make the same."""
+    """Tell DistributedDataParallel what to leave alone.
+
+    Quantised weights, which it would view as plain tensors to compare the processes, which all make the same. Buffers, which
+    are tables of constants here (positions, the causal mask): it would send them in every step, at full size 9.4 MB.
+    """
     names = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+    names += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

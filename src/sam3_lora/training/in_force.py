@@ -29,6 +29,9 @@ def in_force(trainer: Any, images: int, prompts: int) -> dict[str, str]:
         "Batch": f"{_counted(step, 'image')} an optimizer step: {step // accumulation // processes} a pass x {accumulation} "
         f"accumulated x {_counted(processes, 'process', 'processes')}",
     }
+    if processes > 1:
+        sent = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+        facts["Exchange"] = f"{sent / 1e6:.2f} MB of gradients an optimizer step; {trainer.exchange}"
     if images:
         facts["Data"] = (
             f"{_counted(images, 'image')}, {_counted(images // step, 'step')} an epoch, {_counted(prompts, 'prompt')} an image"

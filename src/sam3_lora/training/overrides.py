@@ -19,14 +19,19 @@ from sam3_lora.errors import ConfigError, as_report, did_you_mean
 from sam3_lora.renamed import RENAMED_KEYS, RENAMED_SETTINGS, seed_block_problems
 from sam3_lora.training.composition import GROUPS, shipped_config
 
+#: Keywords of ``TrainSettings`` about a Slurm job.
+CLUSTER_SETTINGS = ("num_nodes", "use_cluster", "partition", "account", "qos")
+
 #: Keyword of ``TrainSettings`` -> key of the config. Its option is ``--<keyword>`` with hyphens, and the key is the same
-#: word below ``training``, but for these five.
+#: word below ``training``, but for the first five and those of a Slurm job.
 SETTING_KEYS: Mapping[str, str] = {
     "data": "paths.dataset_root",
     "output": "paths.experiment_log_dir",
     "preset": "adapter.preset",
     "base": "base.name",
     "num_gpus": "launcher.gpus_per_node",
+    "num_nodes": "launcher.num_nodes",
+    **{name: f"submitit.{name}" for name in CLUSTER_SETTINGS[1:]},
     **{name: f"training.{name}" for name in ("max_epochs", "batch_size", "lr", "seed", "save_every_steps")},
 }
 
@@ -41,6 +46,7 @@ _LEAST: Mapping[str, int] = {
     "training.val_epoch_freq": 1,
     "training.save_every_steps": 1,
     "launcher.gpus_per_node": 1,
+    "launcher.num_nodes": 1,
     "training.lr_scale": 0,
     "training.lr_transformer": 0,
     "training.lr_vision_backbone": 0,

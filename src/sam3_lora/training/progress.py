@@ -75,7 +75,7 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
 class ProgressReader:
     """Turns the lines that a run adds to its progress file into calls of ``on_progress``.
 
-    Lines that are there already, of a part of the run that was stopped, are passed over.
+    Lines that are there already, of a part of the run that was stopped, are passed over, unless ``from_start``.
 
     Attributes:
         start: What the run said of itself: ``epochs``, ``trainable_parameters``, ``total_parameters``.
@@ -86,7 +86,7 @@ class ProgressReader:
         stopped_early: The epoch after which the run ended because its metric had not risen for long; else ``None``.
     """
 
-    def __init__(self, logs: Path, on_progress: OnProgress | None) -> None:
+    def __init__(self, logs: Path, on_progress: OnProgress | None, from_start: bool = False) -> None:
         self.start: dict[str, Any] = {}
         self.error = ""
         self.last_step: dict[str, Any] = {}
@@ -96,7 +96,7 @@ class ProgressReader:
         self._on_progress = on_progress
         self._metrics: dict[str, float] = {}
         self._warnings: tuple[str, ...] = ()
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
+        self._offset = self._path.stat().st_size if self._path.exists() and not from_start else 0
 
     def read(self) -> None:
         """Report what has come since the last call."""

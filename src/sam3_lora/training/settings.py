@@ -17,6 +17,7 @@ from sam3_lora.training.composition import common_defaults
 from sam3_lora.training.image_settings import image_problems
 from sam3_lora.training.monitor import NO_HEAD, monitor_problems
 from sam3_lora.training.overrides import (
+    CLUSTER_SETTINGS,
     SETTING_KEYS,
     choices_of,
     keywords_of,
@@ -56,7 +57,12 @@ class TrainSettings:
         lr: Peak learning rate.
         seed: Of everything random in the run; the config's is 0.
         save_every_steps: Also save after every so many steps, in the middle of an epoch.
-        num_gpus: Processes on this machine; without CUDA they run on the CPU.
+        num_gpus: Processes on each machine; without CUDA they run on the CPU.
+        num_nodes: Machines, for a Slurm job.
+        use_cluster: Submit a Slurm job through the official launcher, and wait for it.
+        partition: Where Slurm looks for machines.
+        account: That Slurm charges.
+        qos: Quality of service that Slurm grants.
         overwrite: Replace what is in ``output``.
         report: Whether :func:`sam3_lora.train` ends with ``report.html``, for which the base is evaluated on ``valid/``.
         overrides: Keywords of :func:`sam3_lora.get_peft_sam3` that replace parts of the preset.
@@ -75,6 +81,11 @@ class TrainSettings:
     seed: int | None = None
     save_every_steps: int | None = None
     num_gpus: int = 1
+    num_nodes: int | None = None
+    use_cluster: bool | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
     overwrite: bool = False
     report: bool = True
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -90,6 +101,7 @@ class TrainSettings:
                 ("batch_size", self.batch_size, 1),
                 ("save_every_steps", self.save_every_steps, 1),
                 ("num_gpus", self.num_gpus, 1),
+                ("num_nodes", self.num_nodes, 1),
                 ("seed", self.seed, 0),
             )
             if value is not None and value < least
@@ -114,7 +126,7 @@ def check_settings(settings: TrainSettings) -> None:
     """
     get_preset(settings.preset)
     problems = override_problems(settings.config, settings.preset) if settings.config else []
-    problems += _disagreements(settings)
+    problems += _disagreements(settings) + _needs_cluster(settings)
     problems += image_problems(settings.config, settings.base) + monitor_problems(settings.config)
     problems += wandb_problems(settings.config.get("training.wandb"))
     if not problems:  # else one mistake would be told twice
@@ -161,6 +173,16 @@ def _disagreements(settings: TrainSettings) -> list[str]:
     return problems + [f"{name} is set twice, to different values" for name in doubled]
 
 
+def _needs_cluster(settings: TrainSettings) -> list[str]:
+    """Return the settings of a Slurm job that would be submitted nowhere."""
+    if settings.use_cluster or settings.config.get("submitit.use_cluster"):
+        return []
+    given = [name for name in ("partition", "account", "qos") if getattr(settings, name) is not None]
+    if (settings.num_nodes or settings.config.get("launcher.num_nodes", 1)) > 1:
+        given.insert(0, "num_nodes")
+    return [f"{name} has no effect without use_cluster; add --use-cluster, or leave it out" for name in given]
+
+
 def run_yaml(settings: TrainSettings) -> str:
     """Return the text of the run file: the preset's config with the settings on top of it."""
     training = {
@@ -187,6 +209,9 @@ def run_yaml(settings: TrainSettings) -> str:
             "launcher": {"gpus_per_node": settings.num_gpus},
         }
     )
+    for name in CLUSTER_SETTINGS:
+        if (value := getattr(settings, name)) is not None:
+            OmegaConf.update(run, SETTING_KEYS[name], value, force_add=True)
     for name, value in values_of(settings.config).items():
         OmegaConf.update(run, name, absolute_value(name, value), force_add=True)
     layers: list[Any] = [f"/sam3_lora/{settings.preset}"]

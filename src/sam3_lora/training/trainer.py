@@ -16,6 +16,7 @@ import torch
 from hydra.utils import instantiate
 
 from sam3_lora.adapter import adapted_modules, count_parameters, save_adapter
+from sam3_lora.adapter_plan import ddp_reason, unused_parameters
 from sam3_lora.base.cpu import enable_cpu_training, provide_triton
 from sam3_lora.errors import CheckpointError, ConfigError, DataError, Sam3LoraError, as_report
 from sam3_lora.training.accumulation import AccumulatedLoss
@@ -99,6 +100,7 @@ class LoraTrainer(MonitoredTrainer):
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         self._adapter_dir = Path(adapter_dir)
         self._adapter_freq = adapter_freq
+        self._find_unused: Any = (official.get("distributed") or {}).get("find_unused_parameters", False)
         self._seed = seed_value
         with _own_errors_reported(self._logs):
             optim = resolved_amp(optim)
@@ -221,6 +223,7 @@ class LoraTrainer(MonitoredTrainer):
         if names := given_prompts(self.data_conf):
             self._about_run["prompt_of"] = names
         super()._setup_components()
+        self._decide_unused()
         if self.distributed_rank == 0:  # from here on: before come hundreds of lines that print the model
             log = logging.FileHandler(self._logs / "train.log")
             log.setFormatter(logging.Formatter("%(levelname)s %(asctime)s: %(message)s"))
@@ -231,6 +234,23 @@ class LoraTrainer(MonitoredTrainer):
             n for n in self.model.state_dict() if n not in trainable
         ]
         self.checkpoint_conf.initialize_after_preemption = True
+
+    def _setup_ddp_distributed_training(self, distributed_conf: Any, accelerator: str) -> None:
+        distributed_conf.find_unused_parameters = self._find_unused
+        super()._setup_ddp_distributed_training(distributed_conf, accelerator)
+
+    def _decide_unused(self) -> None:
+        """Decide whether DistributedDataParallel looks for parameters that a step leaves unused, and say why."""
+        unused = unused_parameters(self.model)
+        if self._find_unused == "auto":
+            self._find_unused, reason = bool(unused), ddp_reason(unused)
+        elif isinstance(self._find_unused, bool):
+            reason = "as asked"
+        else:
+            raise ConfigError(
+                f"training.find_unused_parameters must be auto, true or false, got {self._find_unused!r}"
+            )
+        self.exchange = f"find_unused_parameters {str(self._find_unused).lower()}: {reason}"
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
@@ -255,10 +275,10 @@ class LoraTrainer(MonitoredTrainer):
     def _run_step(
         self, batch: Any, phase: str, loss_mts: Any, extra_loss_mts: Any, raise_on_error: bool = True
     ) -> None:
-        if isinstance(batch, list):
-            key = next(iter(batch[0]))
-            if isinstance(loss := self._find_loss(key), AccumulatedLoss):
-                loss.expect([passed[key].find_targets[0] for passed in batch], self.device)
+        passes = batch if isinstance(batch, list) else [batch]
+        key = next(iter(passes[0]))
+        if isinstance(loss := self._find_loss(key), AccumulatedLoss):
+            loss.expect([passed[key].find_targets[0] for passed in passes], self.device)
         super()._run_step(batch, phase, loss_mts, extra_loss_mts, raise_on_error)
         if self._memory_check is not None:  # now, since the official trainer resets the peak after each step
             self._memory_check.measured(torch.cuda.max_memory_allocated())
