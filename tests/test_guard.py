@@ -20,11 +20,11 @@ from sam3_lora.data.shapes import DEMO_CONCEPTS, PRETRAINING_CONCEPTS, write_coc
 from sam3_lora.errors import AdapterError, ConfigError, DataError
 from sam3_lora.evaluation import guarding
 from sam3_lora.evaluation.batches import make_datapoint, official_transforms
-from sam3_lora.evaluation.guarding import CUTOFFS, Answers, judge
 from sam3_lora.evaluation.metrics import PairScore, evaluate_split, pair_scores
 from sam3_lora.evaluation.probe import Probe, make_probe, shipped_phrases
 from sam3_lora.evaluation.scores import ap50_of_draws, read_truth
 from sam3_lora.evaluation.statistics import bootstrap, calibration_error, matthews_correlation
+from sam3_lora.evaluation.verdict import CUTOFFS, Answers, judge
 
 from sam3.train.data.collator import collate_fn_api  # isort: skip  (after the modules that stand in for triton)
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from sam3_lora.estimation.estimate import estimate as estimate
     from sam3_lora.evaluation.compare import Evaluation as Evaluation
     from sam3_lora.evaluation.compare import evaluate as evaluate
-    from sam3_lora.evaluation.guarding import GuardReport as GuardReport
     from sam3_lora.evaluation.guarding import guard as guard
+    from sam3_lora.evaluation.verdict import GuardReport as GuardReport
     from sam3_lora.finetune import resume as resume
     from sam3_lora.finetune import train as train
     from sam3_lora.inference import Prediction as Prediction
@@ -72,7 +72,7 @@ _MODULES = {
     "Estimate": "estimation.estimate",
     "Evaluation": "evaluation.compare",
     "Finding": "installation",
-    "GuardReport": "evaluation.guarding",
+    "GuardReport": "evaluation.verdict",
     "PRESETS": "presets",
     "Prediction": "inference",
     "Predictor": "inference",

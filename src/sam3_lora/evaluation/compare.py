@@ -15,10 +15,11 @@ from sam3_lora.base.checkpoint import DEFAULT, base_info
 from sam3_lora.base.loading import load_base
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.errors import AdapterError, ConfigError, as_report
-from sam3_lora.evaluation.guarding import GuardReport, general_folder, guard_all
+from sam3_lora.evaluation.guarding import general_folder, guard_all
 from sam3_lora.evaluation.metrics import predict_split
 from sam3_lora.evaluation.scores import ModelEvaluation, score_predictions
 from sam3_lora.evaluation.splits import checked_split
+from sam3_lora.evaluation.verdict import GuardReport
 from sam3_lora.inference import bfloat16_on_cuda
 from sam3_lora.output import claim_output, write_json_atomic
 from sam3_lora.record import read_record

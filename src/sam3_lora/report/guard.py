@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from sam3_lora.evaluation.guarding import CUTOFFS, GuardReport
+from sam3_lora.evaluation.verdict import CUTOFFS, GuardReport
 from sam3_lora.report.tables import metric_name, metrics_table
 
 _MEANING = {

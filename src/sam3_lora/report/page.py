@@ -10,7 +10,7 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
-from sam3_lora.evaluation.guarding import GuardReport
+from sam3_lora.evaluation.verdict import GuardReport
 from sam3_lora.output import write_text_atomic
 from sam3_lora.report.charts import loss_chart, metrics_chart
 from sam3_lora.report.guard import guard_section
