@@ -8,7 +8,7 @@ from torch import nn
 
 from sam3_lora.adapter import adapted_modules, get_peft_sam3
 from sam3_lora.attention import split_attention
-from sam3_lora.base.official import build_meta_sam3, on_meta
+from sam3_lora.base.official import build_meta_sam3, leave_autocast, on_meta
 from sam3_lora.base.tiny import build_tiny_sam3
 from sam3_lora.base.vocabulary import bpe_path
 from sam3_lora.components import (
@@ -64,10 +64,16 @@ def full_size_names(full_size_model):
     return [name for name, _ in full_size_model.named_modules()]
 
 
+def built_video_model():
+    with on_meta():
+        model = build_sam3_video_model(bpe_path=str(bpe_path()), load_from_HF=False, device="meta")
+    leave_autocast(model)
+    return model
+
+
 @pytest.fixture(scope="module")
 def video_model():
-    with on_meta():
-        return build_sam3_video_model(bpe_path=str(bpe_path()), load_from_HF=False, device="meta")
+    return built_video_model()
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +117,7 @@ def test_the_video_model_itself_is_refused_in_favour_of_its_detector(video_model
 
 
 def test_the_detector_of_the_video_model_takes_an_adapter_and_the_tracker_stays_as_it_is():
-    with on_meta():
-        video_model = build_sam3_video_model(bpe_path=str(bpe_path()), load_from_HF=False, device="meta")
+    video_model = built_video_model()
     before = list(dict(video_model.tracker.named_parameters()))
     adapted = adapted_modules(get_peft_sam3(video_model.detector, "full"))
     assert len(adapted) == 416

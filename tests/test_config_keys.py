@@ -264,7 +264,7 @@ def averaged(config: Config) -> bool:
 def stops_early(config: Config) -> bool:
     """Whether a second validation without a rise is the last thing that a run does."""
     trainer = config.trainer
-    trainer._save_adapters = trainer._keep_dumps = lambda *_, **__: None
+    trainer._save_adapters = trainer._keep_dumps = trainer._thresholds = lambda *_, **__: None
     with one_process():
         for trainer.epoch in (0, 1):
             trainer._keep_best({"segm_AP": 0.5})

@@ -80,11 +80,11 @@ def build_meta_sam3(enable_segmentation: bool = True, enable_inst_interactivity:
             enable_segmentation=enable_segmentation,
             enable_inst_interactivity=enable_inst_interactivity,
         )
-    _leave_autocast(model)
+    leave_autocast(model)
     return model
 
 
-def _leave_autocast(model: Sam3Image) -> None:
+def leave_autocast(model: torch.nn.Module) -> None:
     """Leave the autocast that the official tracker enters for the whole process (sam3_tracking_predictor.py:50).
 
     Within one, others are inner ones, whose end does not empty the cache of cast weights: a later model under autocast
