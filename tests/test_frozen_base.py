@@ -42,7 +42,7 @@ def make_trainer(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
 def test_fifty_steps_change_every_adapter_tensor_and_no_base_tensor_by_one_bit(make_trainer, amp):
-    trainer = make_trainer(amp=amp)
+    trainer = make_trainer(amp_enabled=amp)
     model = trainer.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen = set()
