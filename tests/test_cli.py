@@ -124,6 +124,7 @@ class Launch:
             trainable_parameters=4_128_768,
             total_parameters=840_000_000,
             stopped_early=3 if settings.config.get("training.early_stopping_patience") else None,
+            job=None,
             report=Path("runs/my run/report.html") if settings.report else None,
         )
 
