@@ -255,6 +255,7 @@ def test_json_is_all_that_goes_to_standard_output(launch, capsys):
         "trainable_parameters": 4_128_768,
         "total_parameters": 840_000_000,
         "stopped_early": None,
+        "job": None,
         "report": "runs/my run/report.html",
     }
     assert "epoch 1/2  step 1/4  loss 1" in captured.err
