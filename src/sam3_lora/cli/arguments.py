@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -67,37 +68,30 @@ def seed(text: str) -> int:
     return _whole(text, least=0)
 
 
-def rate(text: str) -> float:
-    """Return a number between 0 and 1."""
+def number(text: str, fits: Callable[[float], bool], needs: str) -> float:
+    """Return a number that fits, or raise an error that says what is needed; NaN must not fit."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, such as 1e-4, got {text!r}")
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"needs {needs}, got {text!r}")
     return value
+
+
+def rate(text: str) -> float:
+    """Return a number between 0 and 1."""
+    return number(text, lambda value: 0 < value < 1, "a number between 0 and 1, such as 1e-4")
 
 
 def share(text: str) -> float:
     """Return a number from 0 to 1, both included."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {text!r}")
-    return value
+    return number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def gigabytes(text: str) -> float:
     """Return a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"needs a number of gigabytes, such as 16, got {text!r}")
-    return value
+    return number(text, lambda value: 0 < value < math.inf, "a number of gigabytes, such as 16")
 
 
 def prompt(text: str) -> str:

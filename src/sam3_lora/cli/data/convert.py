@@ -56,13 +56,7 @@ def add_options(parser: arguments.Parser) -> None:
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"needs a share of 1, such as 0.2, or 0, got {text!r}")
-    return value
+    return arguments.number(text, lambda value: 0 <= value < 1, "a share of 1, such as 0.2, or 0")
 
 
 def _convert(args: argparse.Namespace) -> None:
