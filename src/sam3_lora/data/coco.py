@@ -122,13 +122,7 @@ def read_coco(path: Path) -> CocoDocument:
         DataError: If the file cannot be read, is not whole, or is not a COCO document.
     """
     try:
-        document = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
+        document = json.loads(decoded(path, "utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not valid JSON: {_json_problem(error)}") from error
     except (
@@ -139,6 +133,26 @@ def read_coco(path: Path) -> CocoDocument:
     if problem := _outline_problem(document):
         raise DataError(f"{path} is not a COCO document: {problem}")
     return cast(CocoDocument, document)
+
+
+def decoded(path: Path, encoding: str) -> str:
+    """Return the text of a file.
+
+    Args:
+        path: The file.
+        encoding: ``utf-8``, or ``utf-8-sig`` to leave out a byte order mark.
+
+    Raises:
+        DataError: If it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode(encoding)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
 
 
 def mask_to_run_lengths(mask: NDArray[np.bool_]) -> RunLengths:

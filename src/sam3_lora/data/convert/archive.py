@@ -39,7 +39,8 @@ def extract_zip(path: Path, folder: Path) -> None:
             budget = _limit(path)
             for entry, name in entries:
                 budget = _extract(archive, entry, folder / name, budget, path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    # A RuntimeError, or the kind of it that says so, is for a way of packing that zipfile does not know.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is not a whole zip archive: {error}; download it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be unpacked: {error.strerror or error}") from error

@@ -14,6 +14,7 @@ import numpy as np
 
 from sam3_lora.data.convert import label_files
 from sam3_lora.data.convert.items import Item, Known, Size, Source, note_unlabelled
+from sam3_lora.data.convert.label_files import head_of
 from sam3_lora.data.convert.objects import CocoObject, box_object, ellipse, mask_object
 from sam3_lora.data.convert.pictures import FilePicture
 from sam3_lora.data.convert.report import BAD_SHAPE, MISSING_IMAGE, NO_AREA, NO_CLASS, UNREADABLE, Report
@@ -118,15 +119,7 @@ def _mask(given: Mapping[str, str], size_hw: Size) -> Any:
 
 
 def _files(tree: Tree) -> list[Path]:
-    return [path for path in tree.with_suffix(".xml") if re.search(rb"<annotations[\s>]", _head(path))]
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096)
-    except OSError:
-        return b""
+    return [path for path in tree.with_suffix(".xml") if re.search(rb"<annotations[\s>]", head_of(path))]
 
 
 def _images(root: Element, path: Path, tree: Tree, report: Report) -> list[Item]:

@@ -11,6 +11,7 @@ import yaml
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
+from sam3_lora.data.coco import decoded
 from sam3_lora.errors import DataError
 
 
@@ -20,14 +21,16 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: If it cannot be read or is not UTF-8.
     """
+    return decoded(path, "utf-8-sig")
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a file, enough to tell formats apart; none if it cannot be read."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
+        with path.open("rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
 
 
 def read_json(path: Path) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sam3_lora.data.convert import label_files
 from sam3_lora.data.convert.items import Item, Size, Source, note_unlabelled
+from sam3_lora.data.convert.label_files import head_of
 from sam3_lora.data.convert.mask_files import (
     Colour,
     instances_to_coco,
@@ -70,7 +71,7 @@ class VocLabels:
 def recognise(tree: Tree) -> str:
     """Return what shows that these are VOC files, or ``""``."""
     for path in tree.with_suffix(".xml"):
-        if re.search(rb"<annotation[\s>]", _head(path)):
+        if re.search(rb"<annotation[\s>]", head_of(path)):
             return f"{tree.relative(path)} with <annotation>"
     masked = next((path for path in tree.images if path.parent.name == _CLASSES), None)
     return f"{tree.relative(masked)}" if masked else ""
@@ -81,7 +82,7 @@ def plan(tree: Tree, report: Report, class_name: str | None = None) -> Source:
     colours = _colours(tree, report)
     masks = {name: {p.stem: p for p in tree.images if p.parent.name == name} for name in (_OBJECTS, _CLASSES)}
     photos = [path for path in tree.images if path.parent.name not in (_OBJECTS, _CLASSES)]
-    xml_files = [path for path in tree.with_suffix(".xml") if re.search(rb"<annotation[\s>]", _head(path))]
+    xml_files = [path for path in tree.with_suffix(".xml") if re.search(rb"<annotation[\s>]", head_of(path))]
     items: dict[Path, Item] = {}
     splits = _list_splits(tree, report)
     for path in xml_files:
@@ -255,11 +256,3 @@ def _list_splits(tree: Tree, report: Report) -> dict[str, str]:
 def _size_hw(root: Element) -> Size | None:
     width, height = (root.findtext(f"size/{key}") or "" for key in ("width", "height"))
     return (int(height), int(width)) if width.isdigit() and height.isdigit() and int(width) else None
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096)
-    except OSError:
-        return b""
