@@ -122,8 +122,8 @@ class _Asker:
         self._resolution, self._batch_size = resolution, batch_size
         self._on_progress = on_progress
         self._done = 0
-        others = 0 if general is None else len(read_split(general).images)
-        self._total = models * (len(probe.images) + others)
+        self._others = 0 if general is None else len(read_split(general).images)
+        self._total = models * (len(probe.images) + self._others)
 
     def ask(self, model: Any) -> Answers:
         device = next(model.parameters()).device
@@ -140,7 +140,7 @@ class _Asker:
             self._done += len(images)
             if self._general is not None:
                 (found,) = predict_split([model], self._general, self._general / ANNOTATION_FILE, **common)
-                self._done += len(read_split(self._general).images)
+                self._done += self._others
         return Answers(scores, found)
 
     def _show(self, done: int, _: int) -> None:
