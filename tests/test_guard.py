@@ -229,7 +229,7 @@ def test_ap50_of_all_images_is_that_of_coco_and_a_draw_counts_an_image_twice(dat
     assert ap50(np.zeros(8, dtype=int)) == pytest.approx(evaluation.stats[1])
 
 
-def test_pairs_are_asked_in_turns_with_the_same_scores(data, monkeypatch):
+def test_pairs_are_asked_in_turns_with_the_same_scores(data):
     model = untouched()
     paths = sorted((data / "new/valid").glob("*.png"))[:3]
     asked = [PHRASES[:3], [], PHRASES[:5]]
@@ -238,8 +238,7 @@ def test_pairs_are_asked_in_turns_with_the_same_scores(data, monkeypatch):
     together = pair_scores(model, paths, asked, on_progress=lambda *count: seen.append(count), **options)
     assert [len(row) for row in together] == [3, 0, 5]
     assert seen[-1] == (3, 3)
-    monkeypatch.setattr("sam3_lora.evaluation.metrics.MAX_PROMPTS", 2)
-    in_turns = pair_scores(model, paths, asked, batch_size=1, **options)
+    in_turns = pair_scores(model, paths, asked, batch_size=1, prompts_at_once=2, **options)
     np.testing.assert_allclose(
         np.concatenate([r for r in together if r]), np.concatenate([r for r in in_turns if r]), atol=1e-5
     )

@@ -18,6 +18,7 @@ from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.phrases import negative_phrases
 from sam3_lora.data.shapes import DEMO_CONCEPTS, PLAIN, PRETRAINING_CONCEPTS, render_scene, write_coco
 from sam3_lora.errors import ConfigError, DataError, Sam3LoraError
+from sam3_lora.evaluation import batches
 from sam3_lora.evaluation.batches import open_split
 from sam3_lora.evaluation.compare import common_prompts
 from sam3_lora.training import presence
@@ -275,10 +276,10 @@ def test_presence_is_the_base_s_own_score(known_shapes, answers):
     loader = known_loader(known_shapes, answers)
     verify_negatives(loader, folder, TINY)
     model = load_base("tiny", device="cpu")
-    transform = presence.official_transforms(112)
+    transform = batches.official_transforms(112)
     prompt = sorted(shown[0])[0]
-    ((stage,), _) = presence.forward(
-        model, [transform(presence.make_datapoint(Image.open(folder / "0.png"), [prompt]))], "cpu"
+    ((stage,), _) = batches.forward(
+        model, [transform(batches.make_datapoint(Image.open(folder / "0.png"), [prompt]))], "cpu"
     )
     scores = {asked.prompt: score for asked, score in loader._scores(0).items()}
     assert scores[prompt] == pytest.approx(stage["presence_logit_dec"].sigmoid().item(), abs=2e-3)

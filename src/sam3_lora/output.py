@@ -183,3 +183,9 @@ def _write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder(kind: str) -> Path:
+    """Return the folder, there or not, in which things of a kind are kept from run to run: in the one that the environment
+    variable ``SAM3_LORA_CACHE`` names, or else in ``~/.cache/sam3-lora``."""
+    return Path(os.environ.get("SAM3_LORA_CACHE", "~/.cache/sam3-lora"), kind).expanduser()

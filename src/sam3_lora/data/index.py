@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sam3_lora.data.index_file import NO_MASK, POLYGONS, RUN_LENGTHS, IndexColumns, collect, write_index
 from sam3_lora.errors import DataError
+from sam3_lora.output import cache_folder
 
 _VERSION = 1  # of the file's layout; another one is built anew
 
@@ -123,7 +124,7 @@ class _Row(Mapping[str, Any]):
 def open_index(annotation_file: str | Path) -> CocoIndex:
     """Return the index of a COCO file that passed the check, and build it first if it was not built since the file changed.
 
-    It lies in the folder ``index`` of ``$SAM3_LORA_CACHE``, by default ``~/.cache/sam3_lora``, or where that cannot be
+    It lies in the folder ``index`` of ``$SAM3_LORA_CACHE``, by default ``~/.cache/sam3-lora``, or where that cannot be
     written in the folder for temporary files. Several processes may call it at once: one builds, the others wait.
 
     Raises:
@@ -174,7 +175,7 @@ def _build(annotation_file: Path, index: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    wanted = Path(os.environ.get("SAM3_LORA_CACHE", "~/.cache/sam3_lora"), "index").expanduser()
+    wanted = cache_folder("index")
     for folder in (wanted, Path(tempfile.gettempdir(), f"sam3_lora-{os.getuid()}", "index")):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -194,21 +194,23 @@ def pair_scores(
     resolution: int,
     device: str | torch.device,
     batch_size: int = 8,
+    prompts_at_once: int = MAX_PROMPTS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[PairScore]]:
-    """Return what the model says of each image and each of its prompts, :data:`MAX_PROMPTS` in a forward at most.
+    """Return what the model says of each image and each of its prompts.
 
-    Arguments and errors as in :func:`false_fire_rate`; ``on_progress`` is called with the images done and all.
+    Arguments and errors as in :func:`false_fire_rate`; a forward has ``prompts_at_once`` at most, of all its images;
+    ``on_progress`` is called with the images done and all.
     """
     asked = [
-        (number, texts[start : start + MAX_PROMPTS])
+        (number, texts[start : start + prompts_at_once])
         for number, (_, texts) in enumerate(zip(images, prompts, strict=True))
-        for start in range(0, len(texts), MAX_PROMPTS)
+        for start in range(0, len(texts), prompts_at_once)
     ]
     transform = official_transforms(resolution)
     scores: list[list[PairScore]] = [[] for _ in range(len(images))]
     with evaluating(model):
-        for turn in _turns(asked, batch_size):
+        for turn in _turns(asked, batch_size, prompts_at_once):
             datapoints = [transform(make_datapoint(_opened(images[number]), texts)) for number, texts in turn]
             outputs, _ = forward(model, datapoints, device)
             (stage,) = outputs
@@ -225,11 +227,13 @@ def pair_scores(
 _Turn = list[tuple[int, Sequence[str]]]
 
 
-def _turns(asked: Sequence[tuple[int, Sequence[str]]], batch_size: int) -> Iterator[_Turn]:
+def _turns(
+    asked: Sequence[tuple[int, Sequence[str]]], batch_size: int, prompts_at_once: int
+) -> Iterator[_Turn]:
     """Yield what to ask at once: up to ``batch_size`` images, and prompts as many as go into a forward."""
     turn: _Turn = []
     for number, texts in asked:
-        if turn and (len(turn) == batch_size or sum(len(t) for _, t in turn) + len(texts) > MAX_PROMPTS):
+        if turn and (len(turn) == batch_size or sum(len(t) for _, t in turn) + len(texts) > prompts_at_once):
             yield turn
             turn = []
         turn.append((number, texts))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from sam3_lora.base.loading import load_base
 from sam3_lora.base.tiny import WEIGHTS_SHA256
 from sam3_lora.data.prompts import Asked
 from sam3_lora.errors import DataError
-from sam3_lora.evaluation.batches import evaluating, forward, make_datapoint, official_transforms
 from sam3_lora.evaluation.compare import RememberingTrunk
+from sam3_lora.evaluation.metrics import pair_scores
 from sam3_lora.inference import bfloat16_on_cuda
-from sam3_lora.output import write_json_atomic
+from sam3_lora.output import cache_folder, write_json_atomic
 from sam3_lora.training.prompted_data import PromptedCoco
 
 _PROMPTS_AT_ONCE = 16  # 1 GB of the full-size model's DETR at most
@@ -38,12 +37,6 @@ class Base:
     name: str
     device: str | torch.device | None = None
     quantization: str | None = None
-
-
-def default_cache() -> Path:
-    """Return the folder where answers are kept unless a config names another: ``presence`` in the folder that the
-    environment variable ``SAM3_LORA_CACHE`` names, or else in ``~/.cache/sam3-lora``."""
-    return Path(os.environ.get("SAM3_LORA_CACHE", "~/.cache/sam3-lora"), "presence").expanduser()
 
 
 def verify_negatives(
@@ -73,7 +66,7 @@ def verify_negatives(
     Raises:
         DataError: If an image cannot be read.
     """
-    cache = Path(loader.settings.cache or default_cache()).expanduser()
+    cache = Path(loader.settings.cache or cache_folder("presence")).expanduser()
     paths = [images / name for name in loader.file_names()]
     questions = [_question(loader, index, path, base, cache) for index, path in enumerate(paths)]
     missing = [n for n in range(rank, len(paths), processes) if not questions[n].answer.is_file()]
@@ -135,26 +128,24 @@ def _ask(questions: Sequence[tuple[Path, _Question]], base: Base, on_asked: OnAs
     )
     neck: Any = model.backbone.vision_backbone
     neck.trunk = RememberingTrunk(neck.trunk)
-    transform = official_transforms(base_info(base.name).resolution)
-    with evaluating(model), bfloat16_on_cuda(model.device):
+    common: dict[str, Any] = {"resolution": base_info(base.name).resolution, "device": model.device}
+    with bfloat16_on_cuda(model.device):
         for done, (path, question) in enumerate(questions, 1):
             prompts = list(dict.fromkeys(item.prompt for item in question.asked))
-            answers = dict(zip(prompts, _presence(model, path, prompts, transform), strict=True))
+            (said,) = pair_scores(
+                model, [_opened(path)], [prompts], prompts_at_once=_PROMPTS_AT_ONCE, **common
+            )
+            # Three digits: enough for a threshold, and the same on machines that differ in the last bits.
+            answers = {prompt: round(pair.presence, 3) for prompt, pair in zip(prompts, said, strict=True)}
             question.answer.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(question.answer, answers)
             if on_asked:
                 on_asked(done, len(questions))
 
 
-def _presence(model: Any, path: Path, prompts: Sequence[str], transform: Any) -> Iterator[float]:
+def _opened(path: Path) -> Image.Image:
+    """Return an image as the official dataset reads it, which does not turn it upright."""
     try:
-        image = Image.open(path).convert("RGB")
+        return Image.open(path).convert("RGB")
     except OSError as error:
         raise DataError(f"the image {str(path)!r} cannot be read: {error}") from error
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        datapoint = transform(make_datapoint(image, prompts[start : start + _PROMPTS_AT_ONCE]))
-        (stage,), _ = forward(model, [datapoint], model.device)
-        # Three digits: enough for a threshold, and the same on machines that differ in the last bits.
-        yield from (
-            round(score, 3) for score in stage["presence_logit_dec"].float().sigmoid().flatten().tolist()
-        )
