@@ -19,9 +19,6 @@ from sam3_lora.errors import ConfigError, as_report, did_you_mean
 from sam3_lora.renamed import RENAMED_KEYS, RENAMED_SETTINGS, seed_block_problems
 from sam3_lora.training.composition import GROUPS, shipped_config
 
-#: Keywords of ``TrainSettings`` about a Slurm job.
-CLUSTER_SETTINGS = ("num_nodes", "use_cluster", "partition", "account", "qos")
-
 #: Keyword of ``TrainSettings`` -> key of the config. Its option is ``--<keyword>`` with hyphens, and the key is the same
 #: word below ``training``, but for the first five and those of a Slurm job.
 SETTING_KEYS: Mapping[str, str] = {
@@ -31,7 +28,7 @@ SETTING_KEYS: Mapping[str, str] = {
     "base": "base.name",
     "num_gpus": "launcher.gpus_per_node",
     "num_nodes": "launcher.num_nodes",
-    **{name: f"submitit.{name}" for name in CLUSTER_SETTINGS[1:]},
+    **{name: f"submitit.{name}" for name in ("use_cluster", "partition", "account", "qos")},
     **{name: f"training.{name}" for name in ("max_epochs", "batch_size", "lr", "seed", "save_every_steps")},
 }
 
@@ -39,7 +36,8 @@ SETTING_KEYS: Mapping[str, str] = {
 OWN_BLOCKS = ("paths", "base", "adapter", "training", "prompts", "memory")
 
 _KEYWORDS = "adapter.overrides."
-_LEAST: Mapping[str, int] = {
+#: Key -> the least value that it takes.
+LEAST: Mapping[str, int] = {
     "training.max_epochs": 1,
     "training.batch_size": 1,
     "training.gradient_accumulation_steps": 1,
@@ -190,7 +188,7 @@ def _value_problem(key: str, value: Any, present: Any) -> list[str]:
         return [f"{key} needs true or false, got {value!r}"]
     if _is_number(present) and not _is_number(value):
         return [f"{key} needs a number, got {value!r}"]
-    least = _LEAST.get(key)
+    least = LEAST.get(key)
     if least is not None and not (_is_number(value) and value >= least):
         return [f"{key} must be {least} or more, got {value!r}"]
     return []

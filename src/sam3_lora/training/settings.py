@@ -17,7 +17,7 @@ from sam3_lora.training.composition import common_defaults
 from sam3_lora.training.image_settings import image_problems
 from sam3_lora.training.monitor import NO_HEAD, monitor_problems
 from sam3_lora.training.overrides import (
-    CLUSTER_SETTINGS,
+    LEAST,
     SETTING_KEYS,
     choices_of,
     keywords_of,
@@ -96,15 +96,10 @@ class TrainSettings:
             object.__setattr__(self, name, Path(getattr(self, name)))
         problems = [
             f"{name} must be {least} or more, got {value!r}"
-            for name, value, least in (
-                ("max_epochs", self.max_epochs, 1),
-                ("batch_size", self.batch_size, 1),
-                ("save_every_steps", self.save_every_steps, 1),
-                ("num_gpus", self.num_gpus, 1),
-                ("num_nodes", self.num_nodes, 1),
-                ("seed", self.seed, 0),
-            )
-            if value is not None and value < least
+            for name, key in SETTING_KEYS.items()
+            if (least := LEAST.get(key)) is not None
+            and (value := getattr(self, name)) is not None
+            and value < least
         ]
         if self.lr is not None and not 0 < self.lr < 1:
             problems.append(f"lr must lie between 0 and 1, got {self.lr!r}; 1e-4 to 1e-3 is usual")
@@ -185,13 +180,6 @@ def _needs_cluster(settings: TrainSettings) -> list[str]:
 
 def run_yaml(settings: TrainSettings) -> str:
     """Return the text of the run file: the preset's config with the settings on top of it."""
-    training = {
-        "max_epochs": settings.max_epochs,
-        "batch_size": settings.batch_size,
-        "lr": settings.lr,
-        "seed": settings.seed,
-        "save_every_steps": settings.save_every_steps,
-    }
     info = base_info(settings.base)
     run = OmegaConf.create(
         {
@@ -204,14 +192,14 @@ def run_yaml(settings: TrainSettings) -> str:
                 "resolution": info.resolution,
                 "num_queries": info.num_queries,
             },
-            "training": {name: value for name, value in training.items() if value is not None},
+            "training": {},
             "adapter": {"preset": settings.preset, "overrides": settings.keywords},
-            "launcher": {"gpus_per_node": settings.num_gpus},
         }
     )
-    for name in CLUSTER_SETTINGS:
-        if (value := getattr(settings, name)) is not None:
-            OmegaConf.update(run, SETTING_KEYS[name], value, force_add=True)
+    for name, key in SETTING_KEYS.items():
+        value = getattr(settings, name)
+        if value is not None and OmegaConf.select(run, key) is None:
+            OmegaConf.update(run, key, value, force_add=True)
     for name, value in values_of(settings.config).items():
         OmegaConf.update(run, name, absolute_value(name, value), force_add=True)
     layers: list[Any] = [f"/sam3_lora/{settings.preset}"]
