@@ -15,7 +15,8 @@ from sam3_lora.training.curves import write_curves, write_tables
 from sam3_lora.training.divergence import Place, Settings, first_bad_tensor, loss_diverged
 from sam3_lora.training.history import Step, mean_losses, thinned
 from sam3_lora.training.loading_time import Loading, LoadingTime, slow_loading
-from sam3_lora.training.memory_use import BatchSize, is_memory_error, memory_shortage
+from sam3_lora.training.memory_check import BatchSize
+from sam3_lora.training.memory_use import is_memory_error, memory_shortage
 from sam3_lora.training.progress import append_event
 from sam3_lora.training.recorders import Recorders
 from sam3_lora.training.wandb_settings import wandb_problems

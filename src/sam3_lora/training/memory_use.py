@@ -6,33 +6,17 @@ import re
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from sam3_lora.errors import ConfigError, MemoryShortage
+from sam3_lora.errors import MemoryShortage
 from sam3_lora.estimation.advice import cheapest
-from sam3_lora.estimation.estimate import Estimate, estimate
+from sam3_lora.estimation.estimate import Estimate
+from sam3_lora.training.memory_check import BatchSize, estimated_for
 
 _CHANGES = 3  # of the advice
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """What decides the memory of one forward pass; prompts and objects are of an image, rounded up."""
-
-    images: int
-    prompts: int
-    objects: int
-
-    @classmethod
-    def of(cls, batch: Any) -> BatchSize:
-        """Read them off a batch of the official collator."""
-        images, rows = len(batch.img_batch), len(batch.find_inputs[0].img_ids)
-        objects = int(batch.find_targets[0].num_boxes.sum())
-        return cls(images, -(-rows // images), -(-objects // images))
 
 
 class MemoryUse:
@@ -83,7 +67,7 @@ def memory_shortage(
         lines.append(
             f"  the batch: {size.images} images a pass, {size.prompts} prompts and {size.objects} objects an image"
         )
-        found = _estimate(model, size)
+        found = estimated_for(model, size)
         lines += _from_estimate(found) if isinstance(found, Estimate) else _without_estimate(found, size)
     return MemoryShortage("\n".join(lines))
 
@@ -113,24 +97,6 @@ def _in_use(device: torch.device) -> str:
     return (
         f"{_gb(used)} by this process; the machine has {_gb(machine.available)} of {_gb(machine.total)} left"
     )
-
-
-def _estimate(model: Mapping[str, Any], size: BatchSize) -> Estimate | str:
-    """Return the estimate for a pass of this size, or why there is none."""
-    if model.get("base") == "tiny":
-        return "base tiny was not counted"
-    if changed := [key for key in ("overrides", "quantization", "adapter_path") if model.get(key)]:
-        return f"{', '.join(changed)} was not counted"
-    try:
-        return estimate(
-            model["preset"],
-            prompts=size.prompts,
-            objects=size.objects,
-            batch=size.images,
-            memory=model.get("memory"),
-        )
-    except (ConfigError, KeyError) as error:
-        return str(error)
 
 
 def _from_estimate(found: Estimate) -> list[str]:

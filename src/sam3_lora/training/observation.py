@@ -27,7 +27,8 @@ from sam3_lora.training.divergence import (
 )
 from sam3_lora.training.interruption import InterruptibleTrainer
 from sam3_lora.training.loading_time import Loading, LoadingTime, slow_loading
-from sam3_lora.training.memory_use import BatchSize, MemoryUse, is_memory_error, memory_shortage
+from sam3_lora.training.memory_check import BatchSize
+from sam3_lora.training.memory_use import MemoryUse, is_memory_error, memory_shortage
 from sam3_lora.training.recorders import WandbSettings
 from sam3_lora.training.run_record import RunRecord
 from sam3_lora.training.step_time import StepTime
