@@ -106,6 +106,7 @@ def add_options(parser: arguments.Parser) -> None:
 def _train(args: argparse.Namespace) -> None:
     from sam3_lora.cli.progress import run_on_stderr
     from sam3_lora.finetune import resume, train
+    from sam3_lora.training.overrides import SETTING_KEYS
     from sam3_lora.training.settings import TrainSettings
 
     if args.resume is not None:
@@ -119,7 +120,7 @@ def _train(args: argparse.Namespace) -> None:
         missing = [f"--{name}" for name in ("data", "output") if getattr(args, name) is None]
         if missing:
             args.parser.error(f"the following arguments are required: {', '.join(missing)} (or --resume)")
-        given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+        given = {name: value for name in SETTING_KEYS if (value := getattr(args, name)) is not None}
         settings = TrainSettings(
             **given,
             overwrite=args.overwrite,
@@ -195,26 +196,7 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-#: Options that are settings of :class:`TrainSettings` by the same name; one that is not given keeps its default.
-_SETTINGS = (
-    "data",
-    "output",
-    "preset",
-    "base",
-    "max_epochs",
-    "batch_size",
-    "lr",
-    "seed",
-    "save_every_steps",
-    "num_gpus",
-    "num_nodes",
-    "use_cluster",
-    "partition",
-    "account",
-    "qos",
-)
-
-#: Of these, those whose config key has another value than the option.
+#: Options whose config key has another value than the option.
 _TRANSLATED = ("data", "output", "preset", "base")
 
 
@@ -227,7 +209,7 @@ def _config_keys(args: argparse.Namespace) -> dict[str, Any]:
         "paths.dataset_root": None if args.data is None else str(args.data.resolve()),
         "adapter.preset": args.preset,
         "base.name": None if args.base is None else absolute_base(args.base),
-        **{SETTING_KEYS[name]: getattr(args, name) for name in _SETTINGS if name not in _TRANSLATED},
+        **{SETTING_KEYS[name]: getattr(args, name) for name in SETTING_KEYS if name not in _TRANSLATED},
         **{f"adapter.overrides.{key}": value for key, value in args.set if "." not in key},
         **_config(args),
     }

@@ -11,6 +11,7 @@ from sam3_lora.errors import ConfigError, as_report, did_you_mean
 
 #: In the order of what they ask beyond the objects of an image.
 NEGATIVES = ("none", "classes", "list", "verified")
+_WITH_PHRASES = NEGATIVES[2:]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PromptSettings:
     @property
     def takes_phrases(self) -> bool:
         """Whether phrases of a list are asked."""
-        return self.negatives in ("list", "verified")
+        return self.negatives in _WITH_PHRASES
 
     def most_prompts(self, classes: int, most_present: int) -> int:
         """Return how many prompts an image is asked at most.
@@ -181,10 +182,10 @@ _CHECKS = {
 
 def _together(given: Mapping[str, Any]) -> list[str]:
     negatives = given.get("negatives", PromptSettings.negatives)
-    if negatives in ("list", "verified") and given.get("max_prompts_per_image", 1) is None:
+    if negatives in _WITH_PHRASES and given.get("max_prompts_per_image", 1) is None:
         return [
             f"prompts.max_prompts_per_image: negatives: {negatives} needs a number, of which the list fills what classes leave"
         ]
-    if given.get("phrases") is not None and negatives not in ("list", "verified"):
+    if given.get("phrases") is not None and negatives not in _WITH_PHRASES:
         return [f"prompts.phrases: negatives: {negatives} asks no phrases; take list or verified"]
     return []
