@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sam3_lora.data.coco import ANNOTATION_FILE
 from sam3_lora.data.shapes import PRETRAINING_CONCEPTS, write_coco
 from sam3_lora.errors import ConfigError
+from sam3_lora.training.averaging import WeightAverage
 from sam3_lora.training.in_force import image_features
 from sam3_lora.training.launch import resume, train
 from sam3_lora.training.monitor import METRICS, chosen_metric, monitor_problems
@@ -212,3 +214,19 @@ def test_two_processes_stop_early_together(tmp_path):
     )
     assert train(settings).stopped_early == 2
     assert resume(settings.output).stopped_early == 2
+
+
+def test_the_average_moves_by_the_decay_and_in_the_first_updates_faster():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average, expected = WeightAverage(model, decay=0.3), model.weight.item()
+    for update in range(1, 7):
+        with torch.no_grad():
+            model.weight.fill_(float(update))
+        average.update()
+        decay = min(0.3, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * update
+    with average.in_use():
+        assert model.weight.item() == pytest.approx(expected)
+        with average.in_use():
+            assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 6.0
